@@ -1,0 +1,73 @@
+//! What the daemon tells the BPF programs: a [`TargetConfig`] a traced process
+//! and an [`AttachCookie`] a probe.
+
+/// The value of the map of targets, one slot a traced process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct TargetConfig {
+    /// Process id in the initial pid namespace.
+    pub pid: u32,
+    /// Frames to keep of a stack, at most [`crate::limits::MAX_STACK_DEPTH`].
+    pub stack_depth: u32,
+    /// Mean sampling gap; 1 takes every allocation, 0 none.
+    pub sample_interval_bytes: u64,
+    /// Keys the hash of stacks, so that no target can choose colliding stacks.
+    pub stack_seed: u64,
+    /// Not 0 if more than one module of the process defines `malloc`: then one
+    /// may call the other, and even an unsampled call must be remembered until
+    /// it returns.
+    pub malloc_nests: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<TargetConfig>() == 32);
+
+/// The number that the kernel hands to a program with each hit of a probe.
+///
+/// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttachCookie(pub u64);
+
+impl AttachCookie {
+    /// The cookie of probe site number `site` of the target in `slot`.
+    #[must_use]
+    pub const fn new(slot: u16, site: u16, function: crate::function::Function) -> Self {
+        Self(slot as u64 | (site as u64) << 16 | (function as u64) << 32)
+    }
+
+    /// The target's slot in the map of targets.
+    #[must_use]
+    pub const fn slot(self) -> u32 {
+        self.0 as u32 & 0xffff
+    }
+
+    /// The number of the probe site within its target.
+    #[must_use]
+    pub const fn site(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// The code of the function that the site belongs to.
+    #[must_use]
+    pub const fn function_code(self) -> u8 {
+        (self.0 >> 32) as u8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::AttachCookie;
+    use crate::function::Function;
+
+    /// Check that a cookie gives back what went into it, at the limits too.
+    #[test]
+    fn cookie_round_trips() {
+        for (slot, site) in [(0, 0), (1023, 7), (u16::MAX, u16::MAX)] {
+            let cookie = AttachCookie::new(slot, site, Function::Pvalloc);
+            assert_eq!(cookie.slot(), u32::from(slot));
+            assert_eq!(cookie.site(), site);
+            assert_eq!(cookie.function_code(), Function::Pvalloc as u8);
+        }
+    }
+}

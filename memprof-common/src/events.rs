@@ -1,0 +1,65 @@
+//! The records in the ring buffer.
+//!
+//! Each begins with its kind, a `u32`. All are padding-free, so that no byte of
+//! kernel memory leaves by accident and decoding needs no unsafe code.
+
+use crate::live::{LiveKey, LiveValue};
+
+/// The kind of an [`AllocEvent`].
+pub const KIND_ALLOC: u32 = 1;
+/// The kind of a [`FreeEvent`].
+pub const KIND_FREE: u32 = 2;
+/// The kind of an [`ExecEvent`].
+pub const KIND_EXEC: u32 = 3;
+
+/// A sampled allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct AllocEvent {
+    /// [`KIND_ALLOC`].
+    pub kind: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// Which block.
+    pub key: LiveKey,
+    /// What the live map holds for it.
+    pub value: LiveValue,
+}
+
+/// A free of a sampled block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FreeEvent {
+    /// [`KIND_FREE`].
+    pub kind: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// Which block.
+    pub key: LiveKey,
+    /// When the block was allocated: with the key it names one allocation.
+    pub alloc_timestamp_ns: u64,
+}
+
+/// A target has replaced its program; every block of the old one is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ExecEvent {
+    /// [`KIND_EXEC`].
+    pub kind: u32,
+    /// The process.
+    pub pid: u32,
+    /// The epoch of the new program.
+    pub epoch: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// Name of the new program, padded with zeros: it may have ended before the
+    /// daemon can ask.
+    pub comm: [u8; COMM_BYTES],
+}
+
+/// `TASK_COMM_LEN`, `include/linux/sched.h`.
+pub const COMM_BYTES: usize = 16;
+
+const _: () = assert!(size_of::<AllocEvent>() == 72);
+const _: () = assert!(size_of::<FreeEvent>() == 32);
+const _: () = assert!(size_of::<ExecEvent>() == 32);
