@@ -1,0 +1,200 @@
+//! An allocating call: the decision at entry, the sample at return.
+
+use core::hint::black_box;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::{
+        bpf_get_prandom_u32, bpf_probe_read_user,
+        generated::{bpf_get_attach_cookie, bpf_ktime_get_ns},
+    },
+    programs::{ProbeContext, RetProbeContext},
+};
+use memprof_common::{
+    config::{AttachCookie, TargetConfig},
+    counters::DropReason,
+    function::Function,
+    live::LiveValue,
+    sampler::should_sample,
+};
+
+use crate::{
+    counters::count,
+    in_flight::{self, InFlightCall, TakenBlock},
+    live,
+    maps::TARGETS,
+    stack,
+};
+
+const MALLOC: u8 = Function::Malloc as u8;
+const CALLOC: u8 = Function::Calloc as u8;
+const REALLOC: u8 = Function::Realloc as u8;
+const REALLOCARRAY: u8 = Function::Reallocarray as u8;
+const POSIX_MEMALIGN: u8 = Function::PosixMemalign as u8;
+const ALIGNED_ALLOC: u8 = Function::AlignedAlloc as u8;
+const MEMALIGN: u8 = Function::Memalign as u8;
+
+/// The program's share of a hit: which site, which target.
+#[inline(always)]
+pub(crate) fn site_and_target(
+    ctx: *mut core::ffi::c_void,
+) -> Option<(AttachCookie, &'static TargetConfig)> {
+    // SAFETY: `ctx` is the context that the kernel gave to this program.
+    let cookie = AttachCookie(unsafe { bpf_get_attach_cookie(ctx) });
+    let target = TARGETS.get(cookie.slot())?;
+    Some((cookie, target))
+}
+
+/// Bytes that the call asks for. A product that overflows is larger than any
+/// allocator grants; the call will fail.
+#[inline(always)]
+fn requested_bytes(ctx: &ProbeContext, function: u8) -> u64 {
+    let argument = |n: usize| ctx.arg::<u64>(n).unwrap_or(0);
+    match function {
+        CALLOC => saturating_product(argument(0), argument(1)),
+        REALLOCARRAY => saturating_product(argument(1), argument(2)),
+        REALLOC | ALIGNED_ALLOC | MEMALIGN => argument(1),
+        POSIX_MEMALIGN => argument(2),
+        _ => argument(0),
+    }
+}
+
+/// `a.saturating_mul(b)` without the 128-bit product that BPF lacks.
+#[inline(always)]
+fn saturating_product(a: u64, b: u64) -> u64 {
+    let (small, large) = if a < b { (a, b) } else { (b, a) };
+    if small >> 32 != 0 {
+        return u64::MAX;
+    }
+    let low = small * (large & 0xffff_ffff);
+    // Opaque, or the compiler recognizes the 128-bit product.
+    let high = black_box(small * (large >> 32) + (low >> 32));
+    if high >> 32 != 0 {
+        return u64::MAX;
+    }
+    high << 32 | low & 0xffff_ffff
+}
+
+/// At entry: sample or skip.
+#[inline(always)]
+pub(crate) fn entry(ctx: &ProbeContext) {
+    let Some((cookie, target)) = site_and_target(ctx.as_ptr()) else {
+        return;
+    };
+    let function = cookie.function_code();
+    let size_bytes = requested_bytes(ctx, function);
+    // One read, so that decision and weight agree while the daemon changes it.
+    let interval = target.sample_interval_bytes;
+    let sampled = should_sample(size_bytes, interval, || {
+        // SAFETY: takes nothing, returns a number.
+        unsafe { bpf_get_prandom_u32() }
+    });
+    // `malloc` calls no other function of the family, unless one module's calls
+    // another's: nothing to remember.
+    if !sampled && function == MALLOC && target.malloc_nests == 0 {
+        return;
+    }
+
+    let thread = in_flight::current_thread();
+    // SAFETY: the context is valid for this program's run.
+    let stack_pointer = unsafe { (*ctx.regs).rsp };
+    if in_flight::is_nested(thread, cookie.0, stack_pointer) {
+        return;
+    }
+    let mut call = InFlightCall {
+        cookie: cookie.0,
+        stack_pointer,
+        size_bytes,
+        sample_interval_bytes: if sampled { interval } else { 0 },
+        address: 0,
+    };
+    if function == POSIX_MEMALIGN {
+        call.address = ctx.arg::<u64>(0).unwrap_or(0);
+    }
+    if function == REALLOC || function == REALLOCARRAY {
+        // Now, not at return: another thread may be given the old address
+        // before this call returns.
+        let old = ctx.arg::<u64>(0).unwrap_or(0);
+        let key = live::key(cookie.slot(), target, old);
+        if old != 0
+            && let Some(value) = live::remove(cookie.slot(), &key)
+        {
+            // If there is no room to keep it, a failure cannot give it back.
+            if in_flight::keep_taken(thread, &TakenBlock { key, value }) {
+                call.address = old;
+            } else {
+                count(cookie.slot(), DropReason::InFlightFull);
+            }
+        }
+    }
+    if !in_flight::enter(thread, &call) {
+        count(cookie.slot(), DropReason::InFlightFull);
+    }
+}
+
+/// At return: the block's address is known, and the stack is the caller's.
+#[inline(always)]
+pub(crate) fn on_return(ctx: &RetProbeContext) {
+    let Some((cookie, target)) = site_and_target(ctx.as_ptr()) else {
+        return;
+    };
+    // SAFETY: the context is valid for this program's run.
+    let stack_pointer = unsafe { (*ctx.regs).rsp };
+    let thread = in_flight::current_thread();
+    let Some(call) = in_flight::leave(thread, cookie.0, stack_pointer) else {
+        return;
+    };
+    let slot = cookie.slot();
+    let function = cookie.function_code();
+    let result: u64 = ctx.ret();
+
+    let addr = if function == POSIX_MEMALIGN {
+        // Returns an `int`: the upper half of the register is anything.
+        if result as u32 != 0 {
+            return;
+        }
+        if call.sample_interval_bytes == 0 {
+            return;
+        }
+        // SAFETY: reads the target's memory, and says so if that fails.
+        match unsafe { bpf_probe_read_user(call.address as *const u64) } {
+            Ok(addr) => addr,
+            Err(_) => {
+                count(slot, DropReason::ResultUnreadable);
+                return;
+            }
+        }
+    } else {
+        result
+    };
+
+    let reallocates = function == REALLOC || function == REALLOCARRAY;
+    if reallocates
+        && call.address != 0
+        && let Some(mut taken) = in_flight::hand_back(thread)
+        // A failed realloc leaves the old block as it was. realloc(p, 0) that
+        // returns NULL has freed it (glibc; C17 lets both happen, and a
+        // library that keeps the block returns its address).
+        && addr == 0
+        && call.size_bytes != 0
+    {
+        live::restore(slot, &taken.key, &mut taken.value);
+    }
+    if addr == 0 {
+        return;
+    }
+    if call.sample_interval_bytes == 0 {
+        return;
+    }
+    let stack = stack::capture(ctx, slot, target);
+    let mut value = LiveValue {
+        // SAFETY: takes nothing, returns a number.
+        timestamp_ns: unsafe { bpf_ktime_get_ns() },
+        size_bytes: call.size_bytes,
+        sample_interval_bytes: call.sample_interval_bytes,
+        stack,
+        flags: 0,
+        function: u32::from(function),
+    };
+    live::insert(slot, &live::key(slot, target, addr), &mut value);
+}

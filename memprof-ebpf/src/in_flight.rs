@@ -1,0 +1,105 @@
+//! Calls that have entered the allocator and not returned.
+//!
+//! One a thread: the outermost. An allocator that calls itself inside a probed
+//! call (`calloc` calling `malloc` in musl, `realloc(NULL, n)` calling `malloc`
+//! in glibc, an interposed library calling libc's) is doing one allocation.
+
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use memprof_common::live::{LiveKey, LiveValue};
+
+use crate::maps::{IN_FLIGHT, TAKEN};
+
+/// What the return must know of its entry.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct InFlightCall {
+    /// The probe site, as its cookie.
+    pub(crate) cookie: u64,
+    /// Stack pointer at entry: names the call among those of its thread.
+    pub(crate) stack_pointer: u64,
+    /// Bytes asked for.
+    pub(crate) size_bytes: u64,
+    /// The interval that the decision was made with; 0 if not sampled.
+    pub(crate) sample_interval_bytes: u64,
+    /// `posix_memalign`: where it stores the address. `realloc`: not 0 if its
+    /// old block was in the live map; then it is in `TAKEN`.
+    pub(crate) address: u64,
+}
+
+/// A block that a `realloc` under way has taken out of the live map.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct TakenBlock {
+    pub(crate) key: LiveKey,
+    pub(crate) value: LiveValue,
+}
+
+/// The current thread, unique on the host.
+#[inline(always)]
+pub(crate) fn current_thread() -> u64 {
+    bpf_get_current_pid_tgid()
+}
+
+/// Whether a call of `thread` at `cookie` with this stack pointer runs inside
+/// another call in flight.
+///
+/// The stack grows down, so a call inside another has a lower stack pointer.
+/// The same stack pointer at another site is a tail call (`reallocarray` jumps
+/// to `realloc`): still the same call. The same or a higher one at the same
+/// site is a new call, and the one in flight never returned through its probe
+/// (`longjmp` out of it, or the probe came after its entry).
+#[inline(always)]
+pub(crate) fn is_nested(thread: u64, cookie: u64, stack_pointer: u64) -> bool {
+    // SAFETY: only this thread writes the entry.
+    match unsafe { IN_FLIGHT.get(thread) } {
+        Some(outer) => {
+            stack_pointer < outer.stack_pointer
+                || (stack_pointer == outer.stack_pointer && cookie != outer.cookie)
+        }
+        None => false,
+    }
+}
+
+/// Remembers a call. False if the map is full.
+#[inline(always)]
+pub(crate) fn enter(thread: u64, call: &InFlightCall) -> bool {
+    IN_FLIGHT.insert(thread, call, 0).is_ok()
+}
+
+/// Takes back the call that returns to `stack_pointer` at `cookie`, if it is the
+/// one remembered.
+#[inline(always)]
+pub(crate) fn leave(thread: u64, cookie: u64, stack_pointer: u64) -> Option<InFlightCall> {
+    // SAFETY: only this thread writes the entry.
+    let call = unsafe { IN_FLIGHT.get(thread) }?;
+    // The `ret` has popped the return address.
+    if call.cookie != cookie || call.stack_pointer.wrapping_add(8) != stack_pointer {
+        return None;
+    }
+    let call = *call;
+    forget(thread);
+    Some(call)
+}
+
+/// Remembers the block that the thread's call has taken. False if the map is
+/// full.
+#[inline(always)]
+pub(crate) fn keep_taken(thread: u64, block: &TakenBlock) -> bool {
+    TAKEN.insert(thread, block, 0).is_ok()
+}
+
+/// Hands back the block that the thread's call has taken.
+#[inline(always)]
+pub(crate) fn hand_back(thread: u64) -> Option<TakenBlock> {
+    // SAFETY: only this thread writes the entry.
+    let block = *unsafe { TAKEN.get(thread) }?;
+    let _ = TAKEN.remove(thread);
+    Some(block)
+}
+
+/// Drops whatever is remembered of a thread.
+#[inline(always)]
+pub(crate) fn forget(thread: u64) {
+    // Nothing remembered is the usual case.
+    let _ = IN_FLIGHT.remove(thread);
+}

@@ -1,0 +1,50 @@
+//! The life of targets: what makes their blocks and calls vanish.
+
+use aya_ebpf::{EbpfContext as _, programs::RawTracePointContext};
+use aya_log_ebpf::{info, warn};
+use memprof_common::counters::DropReason;
+
+use crate::{
+    counters::count,
+    emit,
+    in_flight::{current_thread, forget},
+    maps::{EPOCHS, SLOTS},
+};
+
+/// `execve` succeeded: every block of the old program is gone.
+#[inline(always)]
+pub(crate) fn exec(ctx: &RawTracePointContext) {
+    let pid = ctx.tgid();
+    // SAFETY: the daemon writes the entry before it attaches anything.
+    let Some(&slot) = (unsafe { SLOTS.get(pid) }) else {
+        return;
+    };
+    // The call that `execve` interrupted in another thread, or left in this one.
+    forget(current_thread());
+    let Some(epoch) = EPOCHS.get_ptr_mut(slot) else {
+        return;
+    };
+    // SAFETY: a map value. A process that has reached this tracepoint has one
+    // thread left, and nobody else writes its epoch.
+    let epoch = unsafe {
+        *epoch = (*epoch).wrapping_add(1);
+        *epoch
+    };
+    info!(
+        ctx,
+        "process {} has replaced its program (epoch {})", pid, epoch
+    );
+    // Fails for no name that the kernel has.
+    let comm = ctx.command().unwrap_or_default();
+    if !emit::exec(pid, epoch, comm) {
+        warn!(ctx, "no room in the ring for the exec of process {}", pid);
+        count(slot, DropReason::ExecRingFull);
+    }
+}
+
+/// A thread that is killed inside the allocator never returns from it, and its
+/// id will be another thread's.
+#[inline(always)]
+pub(crate) fn thread_exit() {
+    forget(current_thread());
+}

@@ -1,0 +1,90 @@
+//! The live map and its agreement with the daemon.
+//!
+//! The map is the truth: a block is in it from its sampled allocation to its
+//! free, whether or not the ring had room for the events. The daemon reads it to
+//! find out what the ring could not tell:
+//!
+//! - no room for the alloc event: the block is marked [`FLAG_UNSENT`]; the
+//!   event is sent with the free, or the daemon finds the mark;
+//! - no room for the free event: the block is gone from the map, and the daemon
+//!   finds it missing.
+
+use memprof_common::{
+    config::TargetConfig,
+    counters::DropReason,
+    live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
+};
+
+use crate::{
+    counters::count,
+    emit,
+    maps::{EPOCHS, LIVE},
+};
+
+/// The block at `addr` in the target's present program.
+#[inline(always)]
+pub(crate) fn key(slot: u32, target: &TargetConfig, addr: u64) -> LiveKey {
+    LiveKey {
+        pid: target.pid,
+        epoch: EPOCHS.get(slot).copied().unwrap_or(0),
+        addr,
+    }
+}
+
+/// Adds a block and tells the daemon.
+#[inline(always)]
+pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
+    let Some(event) = emit::reserve_alloc() else {
+        count(slot, DropReason::AllocRingFull);
+        value.flags |= FLAG_UNSENT;
+        if LIVE.insert(key, &*value, 0).is_err() {
+            count(slot, DropReason::LiveMapFull);
+        }
+        return;
+    };
+    // The map first: an event for a block that is not in the map would never be
+    // followed by its free.
+    if LIVE.insert(key, &*value, 0).is_err() {
+        event.discard(0);
+        count(slot, DropReason::LiveMapFull);
+        return;
+    }
+    emit::submit_alloc(event, key, value);
+}
+
+/// Takes a block out and tells the daemon. None if it was never sampled; else
+/// what the map held.
+#[inline(always)]
+pub(crate) fn remove(slot: u32, key: &LiveKey) -> Option<LiveValue> {
+    // SAFETY: the value is only copied; if another thread frees the same block
+    // at this moment, the removal below fails for one of the two.
+    let mut value = *unsafe { LIVE.get(key) }?;
+    if LIVE.remove(key).is_err() {
+        return None;
+    }
+    if value.flags & FLAG_UNSENT != 0 {
+        match emit::reserve_alloc() {
+            Some(event) => {
+                value.flags &= !FLAG_UNSENT;
+                emit::submit_alloc(event, key, &value);
+            }
+            None => count(slot, DropReason::AllocUnreported),
+        }
+    }
+    if !emit::free(key, value.timestamp_ns) {
+        count(slot, DropReason::FreeRingFull);
+    }
+    Some(value)
+}
+
+/// Puts back a block that [`remove`] took, because it was not freed after all.
+#[inline(always)]
+pub(crate) fn restore(slot: u32, key: &LiveKey, value: &mut LiveValue) {
+    // Unsent still: the daemon has never heard of it, so to it this is an
+    // allocation like any other.
+    if value.flags & FLAG_UNSENT == 0 {
+        value.flags |= FLAG_RESTORED;
+    }
+    value.flags &= !FLAG_UNSENT;
+    insert(slot, key, value);
+}

@@ -1,0 +1,89 @@
+//! memprof's BPF programs: probes on the entries and returns of a target's
+//! allocator, and two tracepoints on its life.
+//!
+//! Read it in the order of the data path: this file's entry points, then
+//! `alloc` (an allocating call from entry to return), `free`, and what they use:
+//! `in_flight` (calls between entry and return), `stack`, `live` (sampled blocks
+//! not yet freed) and `emit` (the ring).
+//!
+//! Probe programs run in process context and can be preempted: by another task
+//! on the same CPU, never by themselves. So nothing here keeps state in per-CPU
+//! memory that another task could overwrite, except behind an atomic claim.
+
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![allow(
+    stable_features,
+    reason = "the feature is unstable in the compilers this is built with today"
+)]
+
+mod alloc;
+mod atomic;
+mod counters;
+mod emit;
+mod free;
+mod in_flight;
+mod life;
+mod live;
+mod maps;
+mod stack;
+
+use core::ffi::c_void;
+
+use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
+
+/// Entry of a function that hands out blocks.
+///
+/// The entry points are written by hand: aya's `#[uprobe]` throws the result
+/// away, and the kernel gives it a meaning for some ways to attach.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
+    alloc::entry(&ProbeContext::new(ctx));
+    0
+}
+
+/// Return from a function that hands out blocks.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
+    alloc::on_return(&RetProbeContext::new(ctx));
+    0
+}
+
+/// Entry of a function that gives blocks up.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn free_entry(ctx: *mut c_void) -> u32 {
+    free::entry(&ProbeContext::new(ctx));
+    0
+}
+
+/// A process has replaced its program.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/sched_process_exec")]
+pub extern "C" fn process_exec(ctx: *mut c_void) -> u32 {
+    life::exec(&RawTracePointContext::new(ctx));
+    0
+}
+
+/// A thread ends.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/sched_process_exit")]
+pub extern "C" fn thread_exit(_ctx: *mut c_void) -> u32 {
+    life::thread_exit();
+    0
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel lets only GPL-compatible programs call some of the helpers used
+/// here; this section is how a program says so.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

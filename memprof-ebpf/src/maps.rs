@@ -1,0 +1,72 @@
+//! The maps. Their sizes here are the smallest that load; the daemon sets the
+//! real ones before it loads the object.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+};
+use memprof_common::{
+    config::TargetConfig,
+    counters::TargetCounters,
+    limits::{
+        DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
+        MAX_TARGETS,
+    },
+    live::{LiveKey, LiveValue},
+    stack::{StackKey, StackRecord},
+};
+
+use crate::{
+    in_flight::{InFlightCall, TakenBlock},
+    stack::Scratch,
+};
+
+/// Events for the daemon.
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(DEFAULT_RING_BYTES, 0);
+
+/// Traced processes by slot.
+#[map]
+pub(crate) static TARGETS: Array<TargetConfig> = Array::with_max_entries(MAX_TARGETS, 0);
+
+/// How often each target has replaced its program. Only BPF writes it: the
+/// daemon rewrites `TARGETS` at will and would undo a count in there.
+#[map]
+pub(crate) static EPOCHS: Array<u32> = Array::with_max_entries(MAX_TARGETS, 0);
+
+/// Slots of traced processes by pid, for the tracepoints, which have no cookie.
+#[map]
+pub(crate) static SLOTS: HashMap<u32, u32> = HashMap::with_max_entries(MAX_TARGETS, 0);
+
+/// Losses by slot.
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<TargetCounters> =
+    PerCpuArray::with_max_entries(MAX_TARGETS, 0);
+
+/// Allocation calls between entry and return, by tid (the kernel's pid_tgid).
+#[map]
+pub(crate) static IN_FLIGHT: HashMap<u64, InFlightCall> =
+    HashMap::with_max_entries(DEFAULT_IN_FLIGHT_ENTRIES, 0);
+
+/// Blocks that a `realloc` between entry and return has taken out of `LIVE`, by
+/// thread. Apart from `IN_FLIGHT`, whose values are copied at every such call,
+/// for the few that reallocate a sampled block.
+#[map]
+pub(crate) static TAKEN: HashMap<u64, TakenBlock> =
+    HashMap::with_max_entries(DEFAULT_IN_FLIGHT_ENTRIES, 0);
+
+/// Sampled blocks that have not been freed. Not preallocated: few targets come
+/// near the limit, and the memory would be gone whether used or not.
+#[map]
+pub(crate) static LIVE: HashMap<LiveKey, LiveValue> =
+    HashMap::with_max_entries(DEFAULT_LIVE_ENTRIES, BPF_F_NO_PREALLOC);
+
+/// Stacks by name; a kilobyte each, so not preallocated either.
+#[map]
+pub(crate) static STACKS: HashMap<StackKey, StackRecord> =
+    HashMap::with_max_entries(DEFAULT_STACK_ENTRIES, BPF_F_NO_PREALLOC);
+
+/// Where stacks are captured before they have a name.
+#[map]
+pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
