@@ -1,0 +1,119 @@
+//! `cargo xtask test` and `cargo xtask lint`.
+
+use std::{env, path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::run;
+
+/// End-to-end tests that run at the same time: each traced call is a trap, and a
+/// machine with fewer cores than tracers and targets only makes them wait.
+const PARALLEL_TESTS: &str = "--test-threads=2";
+
+fn cargo(workspace: &Path) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace);
+    command
+}
+
+/// Every test: the unit tests, and the end-to-end tests as root. `filter` is
+/// passed on to the latter.
+///
+/// # Errors
+///
+/// A test that fails.
+pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
+    if filter.is_empty() {
+        unit(workspace)?;
+    }
+    // The end-to-end tests run this binary; they would build it themselves, but
+    // as root, and after each other.
+    run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
+    let mut command = cargo_as_root(workspace)?;
+    command.args(["test", "--package", "memprof-tests", "--no-fail-fast"]);
+    command.arg("--").arg(PARALLEL_TESTS).args(filter);
+    run(&mut command)
+}
+
+/// The tests within each crate. Some load BPF programs, and run as root.
+///
+/// # Errors
+///
+/// A test that fails.
+pub(crate) fn unit(workspace: &Path) -> Result<()> {
+    run(cargo_as_root(workspace)?.args([
+        "test",
+        "--workspace",
+        "--exclude=memprof-ebpf",
+        "--exclude=memprof-tests",
+    ]))
+}
+
+/// Formatting, clippy and documentation, warnings being errors.
+///
+/// # Errors
+///
+/// A finding.
+pub(crate) fn lint(workspace: &Path) -> Result<()> {
+    format(workspace)?;
+    clippy(workspace)?;
+    docs(workspace)
+}
+
+/// Formatting.
+///
+/// # Errors
+///
+/// A file that rustfmt would change.
+pub(crate) fn format(workspace: &Path) -> Result<()> {
+    run(cargo(workspace).args(["fmt", "--all", "--check"]))
+}
+
+/// Clippy on everything but the BPF program, which no stable compiler takes.
+///
+/// # Errors
+///
+/// A warning.
+pub(crate) fn clippy(workspace: &Path) -> Result<()> {
+    run(cargo(workspace).args(["clippy", "--all-targets", "--", "-D", "warnings"]))
+}
+
+/// Documentation.
+///
+/// # Errors
+///
+/// A warning.
+pub(crate) fn docs(workspace: &Path) -> Result<()> {
+    run(cargo(workspace)
+        .args(["doc", "--no-deps", "--document-private-items"])
+        .env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// cargo, with the test binaries it runs as root: cargo itself stays the user's.
+fn cargo_as_root(workspace: &Path) -> Result<Command> {
+    let mut command = cargo(workspace);
+    if !is_root()? {
+        command.arg("--config").arg(sudo_runner()?);
+    }
+    Ok(command)
+}
+
+fn is_root() -> Result<bool> {
+    let output = Command::new("id").arg("-u").output().context("run id")?;
+    Ok(output.stdout.trim_ascii() == b"0")
+}
+
+/// A cargo setting that runs test binaries by sudo, with the variables they
+/// need: sudo's own rules drop PATH, and with it the compilers.
+fn sudo_runner() -> Result<String> {
+    if Command::new("sudo").arg("--version").output().is_err() {
+        bail!("the tests load BPF programs: run this as root, or install sudo");
+    }
+    let mut words = vec!["sudo".to_owned(), "env".to_owned()];
+    for name in ["PATH", "HOME", "CARGO_HOME", "RUSTUP_HOME", "MEMPROF_BIN"] {
+        if let Ok(value) = env::var(name) {
+            words.push(format!("{name}={value}"));
+        }
+    }
+    Ok(format!("target.'cfg(all())'.runner={words:?}"))
+}

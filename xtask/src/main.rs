@@ -1,0 +1,69 @@
+//! memprof's developer commands: `cargo xtask ebpf | test | lint`.
+
+mod checks;
+mod ebpf;
+mod provenance;
+mod source_hash;
+mod toolchain;
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  ebpf [--check]    rebuild the BPF object that cargo build embeds;
+                    --check: only compare it with the one that is there
+  test [FILTER...]  every test, as root (by sudo if need be);
+                    with FILTER only the end-to-end tests that match
+  unit              the tests within each crate, as root
+  lint              fmt, clippy and docs, warnings being errors;
+                    each also alone: fmt, clippy, docs";
+
+fn main() -> ExitCode {
+    match dispatch() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch() -> Result<()> {
+    let workspace = workspace()?;
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["ebpf"] => ebpf::ebpf(&workspace, false),
+        ["ebpf", "--check"] => ebpf::ebpf(&workspace, true),
+        ["test", ..] => checks::test(&workspace, &arguments[1..]),
+        ["unit"] => checks::unit(&workspace),
+        ["lint"] => checks::lint(&workspace),
+        ["fmt"] => checks::format(&workspace),
+        ["clippy"] => checks::clippy(&workspace),
+        ["docs"] => checks::docs(&workspace),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn workspace() -> Result<PathBuf> {
+    let parent = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    Ok(parent.context("xtask lies in no workspace")?.to_owned())
+}
+
+/// Runs a command whose output goes to the terminal.
+fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+    if !status.success() {
+        bail!("{} failed: {status}", command.get_program().display());
+    }
+    Ok(())
+}
