@@ -1,0 +1,92 @@
+//! An immutable copy of the ledger's counters.
+
+use std::sync::Arc;
+
+use crate::{address::FrameAddress, sample::ImageId};
+
+/// Per-stack counters: estimates of the true values. In-use is derived, never
+/// stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StackCounters {
+    /// Allocations.
+    pub alloc_objects: f64,
+    /// Bytes allocated.
+    pub alloc_bytes: f64,
+    /// Blocks freed.
+    pub free_objects: f64,
+    /// Bytes freed.
+    pub free_bytes: f64,
+    /// How many samples the estimates rest on.
+    pub samples: u64,
+    /// How many of them are not freed: with none, in-use is nothing, exactly.
+    pub live_samples: u64,
+}
+
+impl StackCounters {
+    /// Blocks allocated and not freed.
+    #[must_use]
+    pub fn inuse_objects(&self) -> f64 {
+        self.derive(self.alloc_objects, self.free_objects)
+    }
+
+    /// Bytes allocated and not freed.
+    #[must_use]
+    pub fn inuse_bytes(&self) -> f64 {
+        self.derive(self.alloc_bytes, self.free_bytes)
+    }
+
+    /// The difference, without what rounding leaves of nothing.
+    fn derive(&self, allocated: f64, freed: f64) -> f64 {
+        if self.live_samples == 0 {
+            0.0
+        } else {
+            (allocated - freed).max(0.0)
+        }
+    }
+}
+
+impl std::ops::AddAssign for StackCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.alloc_objects += other.alloc_objects;
+        self.alloc_bytes += other.alloc_bytes;
+        self.free_objects += other.free_objects;
+        self.free_bytes += other.free_bytes;
+        self.samples += other.samples;
+        self.live_samples += other.live_samples;
+    }
+}
+
+/// A stack of return addresses, leaf first: the function that called the
+/// allocator, then its callers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct StackTrace {
+    /// Empty if none could be captured.
+    pub frames: Vec<FrameAddress>,
+    /// The stack went on.
+    pub truncated: bool,
+}
+
+/// One stack of one image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StackSnapshot {
+    /// Which stack.
+    pub trace: Arc<StackTrace>,
+    /// Its counters.
+    pub counters: StackCounters,
+}
+
+/// One process image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageSnapshot {
+    /// Which.
+    pub image: ImageId,
+    /// Its stacks, in no order.
+    pub stacks: Vec<StackSnapshot>,
+}
+
+/// All counters at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Snapshot {
+    /// One entry a process image that has samples.
+    pub images: Vec<ImageSnapshot>,
+}
