@@ -1,0 +1,8 @@
+//! Processes: what they map, who they are, when they end.
+
+pub mod elf;
+pub mod exit;
+pub mod files;
+pub mod info;
+pub mod mapping;
+pub mod maps;

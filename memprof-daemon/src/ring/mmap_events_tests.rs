@@ -1,0 +1,212 @@
+use super::*;
+use std::{fs::File, os::unix::fs::MetadataExt};
+
+/// These tests tell their mappings by address, and addresses are shared with
+/// every thread: so one at a time.
+static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// A page of a file, mapped so that code could run in it.
+struct Executable(*mut libc::c_void);
+
+impl Executable {
+    fn map(file: &File, offset: i64) -> Self {
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_EXEC,
+                libc::MAP_PRIVATE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        Self(start)
+    }
+}
+
+impl Drop for Executable {
+    fn drop(&mut self) {
+        // SAFETY: the page mapped above, to which nothing refers.
+        unsafe { libc::munmap(self.0, 4096) };
+    }
+}
+
+fn own_events(events: &mut MmapEvents) -> Vec<MmapEvent> {
+    let mut own = Vec::new();
+    events.drain(|event| {
+        if event.pid == std::process::id() {
+            own.push(event);
+        }
+    });
+    own
+}
+
+/// Check that an executable mapping made by this process is in the buffer as
+/// soon as mmap has returned, with all its particulars, and is handed over
+/// once.
+#[test]
+fn own_mapping_is_seen_at_once() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let mut events = MmapEvents::open().unwrap();
+    let file = File::open("/bin/true").unwrap();
+    let before = monotonic_ns();
+    let page = Executable::map(&file, 4096);
+    let after = monotonic_ns();
+    let metadata = file.metadata().unwrap();
+    let here = |event: &&MmapEvent| event.start.0 == page.0 as u64;
+    let seen = own_events(&mut events);
+    let event = seen.iter().find(here).unwrap();
+    assert_eq!(event.len, 4096);
+    assert_eq!(event.file_offset, FileOffset(4096));
+    assert_eq!(event.inode, metadata.ino());
+    assert_eq!(
+        libc::makedev(event.device_major, event.device_minor),
+        metadata.dev()
+    );
+    let path = fs::canonicalize("/bin/true").unwrap();
+    assert_eq!(event.path, path);
+    assert!((before..=after).contains(&event.timestamp_ns));
+    assert!(!own_events(&mut events).iter().any(|event| here(&event)));
+    assert_eq!((events.lost(), events.malformed()), (0, 0));
+}
+
+fn monotonic_ns() -> u64 {
+    // SAFETY: all zeros is a timespec.
+    let mut now: libc::timespec = unsafe { mem::zeroed() };
+    // SAFETY: `now` is a timespec to write to.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Check that memory made executable later is seen, and that memory which
+/// never is, is not.
+#[test]
+fn only_executable_mappings() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let mut events = MmapEvents::open().unwrap();
+    // SAFETY: a new mapping, whose protection is then changed.
+    let start = unsafe {
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_READ,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        assert_ne!(start, libc::MAP_FAILED);
+        start
+    };
+    let page = Executable(start);
+    let here = |event: &MmapEvent| event.start.0 == page.0 as u64;
+    assert!(!own_events(&mut events).iter().any(here));
+    // SAFETY: the page is this test's own.
+    let changed = unsafe { libc::mprotect(start, 4096, libc::PROT_READ | libc::PROT_EXEC) };
+    assert_eq!(changed, 0);
+    let seen = own_events(&mut events);
+    let event = seen.iter().find(|event| here(event)).unwrap();
+    assert_eq!((event.inode, event.path.as_path()), (0, "//anon".as_ref()));
+}
+
+/// Check that reading keeps in step when the buffer wraps around (each of
+/// 20,000 mappings is seen, in order), and that mappings which find no room
+/// are counted, each of them.
+#[test]
+fn wraps_and_counts_losses() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let mut events = MmapEvents::open().unwrap();
+    let file = File::open("/bin/true").unwrap();
+    let inode = file.metadata().unwrap().ino();
+    let mut seen = 0_u64;
+    let mut last = 0;
+    let mut count = |events: &mut MmapEvents| {
+        events.drain(|event| {
+            assert!(event.timestamp_ns >= last, "out of order");
+            last = event.timestamp_ns;
+            let own = event.pid == std::process::id() && event.inode == inode;
+            seen += u64::from(own && event.file_offset == FileOffset(8192));
+        });
+    };
+    for _ in 0..200 {
+        for _ in 0..100 {
+            drop(Executable::map(&file, 8192));
+        }
+        count(&mut events);
+    }
+    assert_eq!((events.lost(), events.malformed()), (0, 0));
+
+    let maps = 20_000;
+    for _ in 0..maps {
+        drop(Executable::map(&file, 8192));
+    }
+    count(&mut events);
+    // The kernel writes how many were lost with the next record on that CPU.
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+    for cpu in parse_cpu_list(&online) {
+        // SAFETY: all zeros is an empty set; the set is of the size given.
+        let moved = unsafe {
+            let mut set: libc::cpu_set_t = mem::zeroed();
+            libc::CPU_SET(cpu as usize, &mut set);
+            libc::sched_setaffinity(0, size_of_val(&set), &raw const set)
+        };
+        assert_eq!(moved, 0);
+        drop(Executable::map(&file, 8192));
+    }
+    count(&mut events);
+    assert!(events.lost() > 0);
+    assert_eq!(events.malformed(), 0);
+    assert!(seen + events.lost() >= 20_000 + maps, "{seen} seen");
+}
+
+fn record(kind: u32, misc: u16, body: &[u8]) -> Vec<u8> {
+    let mut record = kind.to_ne_bytes().to_vec();
+    record.extend(misc.to_ne_bytes());
+    record.extend((8 + body.len() as u16).to_ne_bytes());
+    record.extend(body);
+    record
+}
+
+/// Check that records which are too short, of an impossible size or of
+/// unknown kind are told, that those behind them are still read where their
+/// place is known, and that nothing panics on any truncation.
+#[test]
+fn malformed_records() {
+    let mut bytes = record(RECORD_MMAP2, 0, &[0; 20]);
+    bytes.extend(record(RECORD_LOST, 0, &[1; 8]));
+    bytes.extend(record(99, 0, &[]));
+    bytes.extend(record(RECORD_MMAP2, MISC_MMAP_BUILD_ID, &[0; 100]));
+    bytes.extend(record(
+        RECORD_LOST,
+        0,
+        &[[0; 8], 5_u64.to_ne_bytes()].concat(),
+    ));
+    bytes.extend([0; 8]);
+    bytes.extend(record(99, 0, &[]));
+    let records: Vec<_> = Records(&bytes).collect();
+    assert_eq!(
+        records,
+        [
+            Record::Malformed,
+            Record::Malformed,
+            Record::Other,
+            Record::Malformed,
+            Record::Lost(5),
+            Record::Malformed,
+        ]
+    );
+    for length in 0..bytes.len() {
+        assert!(Records(&bytes[..length]).count() <= records.len());
+    }
+}
+
+/// Check the forms in which the kernel lists CPUs.
+#[test]
+fn cpu_lists() {
+    let list = |text| parse_cpu_list(text).collect::<Vec<_>>();
+    assert_eq!(list("0\n"), [0]);
+    assert_eq!(list("0-2,4,6-7\n"), [0, 1, 2, 4, 6, 7]);
+    assert!(list("").is_empty());
+    assert!(list("x-y").is_empty());
+}
