@@ -1,0 +1,363 @@
+//! Finds the allocators of a process: the files it maps that define `malloc`
+//! and `free`.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use memprof_common::function::Function;
+use object::elf;
+
+use crate::{
+    address::{FileOffset, VirtOffset},
+    process::{
+        elf::{ElfError, ElfLayout, Fields, SymbolTable},
+        mapping::{MappedFile, MappingTable},
+    },
+};
+
+/// Of a symbol table and of its names, what lies beyond is not read: the largest
+/// programs have a tenth of it, and a sparse file can claim any size.
+const MAX_TABLE_BYTES: u64 = 1 << 30;
+/// Files are read in pieces of this size.
+const CHUNK_BYTES: usize = 256 << 10;
+const SYMBOL_BYTES: usize = 24;
+/// A hostile file can name and define the same function over and over.
+const MAX_MATCHES: usize = 1024;
+/// Results kept; a host maps some thousand different files.
+const MAX_CACHED: usize = 1 << 14;
+
+/// A variable that glibc's dynamic loader defines, and nobody else.
+const LOADER_MARK: &str = "_rtld_global";
+
+/// Why a process cannot be probed.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// None of its files defines an allocator.
+    #[error(
+        "pid {pid} has no known allocator: no symbols malloc and free in {}",
+        list(searched)
+    )]
+    NoAllocator {
+        /// The process.
+        pid: u32,
+        /// What was searched.
+        searched: Vec<PathBuf>,
+    },
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    if paths.is_empty() {
+        return "any file (it maps none)".to_owned();
+    }
+    let paths: Vec<_> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    paths.join(", ")
+}
+
+/// A place to probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundSite {
+    /// The function that starts here.
+    pub function: Function,
+    /// Where in the file it starts.
+    pub file_offset: FileOffset,
+    /// Functions that start here too, such as `cfree` with `free`.
+    pub aliases: Vec<Function>,
+}
+
+/// A file that defines an allocator.
+#[derive(Clone, Debug)]
+pub struct AllocatorModule {
+    /// The file.
+    pub file: Arc<MappedFile>,
+    /// A path that leads this process, and no other, to the file, for as long as
+    /// `file` is held: it needs no target that still runs or still maps it.
+    pub attach_path: PathBuf,
+    /// Where its functions start, by offset: no two have the same.
+    pub sites: Vec<FoundSite>,
+    /// Functions it defines by choice at run time (`STT_GNU_IFUNC`), which the
+    /// file alone cannot place.
+    pub indirect: Vec<Function>,
+}
+
+/// Finds allocators, and remembers what it found in each file.
+#[derive(Debug, Default)]
+pub struct Finder {
+    cache: Mutex<HashMap<FileKey, Arc<Definitions>>>,
+}
+
+/// A file and its state: where a file without a build id is written anew in
+/// place, its times change.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct FileKey {
+    device: u64,
+    inode: u64,
+    build_id: Option<Vec<u8>>,
+    size: u64,
+    modified_ns: (i64, i64),
+    changed_ns: (i64, i64),
+}
+
+impl Finder {
+    /// The allocators among the files of `mappings`, which are those of `pid`.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn find_all(
+        &self,
+        pid: u32,
+        mappings: &MappingTable,
+    ) -> Result<Vec<AllocatorModule>, FindError> {
+        let files = mappings.files();
+        let found: Vec<_> = files.iter().filter_map(|file| self.find(file)).collect();
+        if found.is_empty() {
+            let searched = files.iter().map(|file| file.path.clone()).collect();
+            return Err(FindError::NoAllocator { pid, searched });
+        }
+        Ok(found)
+    }
+
+    /// The allocator that `file` defines. A file that cannot be read as an
+    /// x86-64 ELF file defines none.
+    #[must_use]
+    pub fn find(&self, file: &Arc<MappedFile>) -> Option<AllocatorModule> {
+        let open = file.file.as_ref()?;
+        let definitions = match self.definitions(file, open) {
+            Ok(definitions) => definitions,
+            Err(error) => {
+                tracing::debug!(path = %file.path.display(), %error, "cannot search for an allocator");
+                return None;
+            }
+        };
+        definitions.is_allocator().then(|| AllocatorModule {
+            file: Arc::clone(file),
+            attach_path: PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd())),
+            sites: definitions.sites.clone(),
+            indirect: definitions.indirect.clone(),
+        })
+    }
+
+    fn definitions(&self, file: &MappedFile, open: &File) -> Result<Arc<Definitions>, ElfError> {
+        let metadata = open.metadata()?;
+        let key = FileKey {
+            device: file.device,
+            inode: file.inode,
+            build_id: file.build_id.clone(),
+            size: metadata.size(),
+            modified_ns: (metadata.mtime(), metadata.mtime_nsec()),
+            changed_ns: (metadata.ctime(), metadata.ctime_nsec()),
+        };
+        let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = lock().get(&key) {
+            return Ok(Arc::clone(known));
+        }
+        let read = Arc::new(Definitions::read(open)?);
+        if !read.indirect.is_empty() {
+            let (path, functions) = (file.path.display(), &read.indirect);
+            tracing::warn!(%path, ?functions, "not probed: the file chooses them at run time");
+        }
+        let mut cache = lock();
+        if cache.len() >= MAX_CACHED {
+            cache.clear();
+        }
+        cache.insert(key, Arc::clone(&read));
+        Ok(read)
+    }
+}
+
+/// The functions that a file defines.
+#[derive(Debug, Default)]
+struct Definitions {
+    sites: Vec<FoundSite>,
+    indirect: Vec<Function>,
+    is_loader: bool,
+}
+
+impl Definitions {
+    /// Before glibc 2.31 its loader exports a `malloc` of its own, for use until
+    /// the C library's is there: without memalign's kin, unlike musl's loader,
+    /// which is the C library.
+    fn is_allocator(&self) -> bool {
+        let defines = |function| {
+            self.sites
+                .iter()
+                .any(|site| site.function == function || site.aliases.contains(&function))
+        };
+        let is_stub = self.is_loader && !defines(Function::PosixMemalign);
+        defines(Function::Malloc) && defines(Function::Free) && !is_stub
+    }
+
+    fn read(file: &File) -> Result<Self, ElfError> {
+        let layout = ElfLayout::read(file)?;
+        let mut found = Self::default();
+        // All (place, function), then in order of place and `Function::ALL`.
+        let mut places: Vec<(FileOffset, usize, Function)> = Vec::new();
+        for table in &layout.symbol_tables {
+            let names = find_names(file, table)?;
+            if names.is_empty() {
+                continue;
+            }
+            for_each_symbol(file, table, |symbol| match names.get(&symbol.name) {
+                Some(Name::LoaderMark) => found.is_loader |= symbol.defined,
+                Some(Name::Function(function)) if symbol.defined => match symbol.kind {
+                    kind if kind == elf::STT_FUNC.0 && places.len() <= MAX_MATCHES => {
+                        let place = layout.code_offset(symbol.address);
+                        let order = Function::ALL.iter().position(|each| each == function);
+                        places.extend(place.zip(order).map(|(at, order)| (at, order, *function)));
+                    }
+                    kind if kind == elf::STT_GNU_IFUNC.0 && !found.indirect.contains(function) => {
+                        found.indirect.push(*function);
+                    }
+                    _ => {}
+                },
+                _ => {}
+            })?;
+        }
+        if places.len() > MAX_MATCHES {
+            return Err(ElfError::Malformed("the same functions too often"));
+        }
+        places.sort_unstable_by_key(|&(at, order, _)| (at, order));
+        places.dedup();
+        for (file_offset, _, function) in places {
+            match found.sites.last_mut() {
+                Some(site) if site.file_offset == file_offset => site.aliases.push(function),
+                _ => found.sites.push(FoundSite {
+                    function,
+                    file_offset,
+                    aliases: Vec::new(),
+                }),
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Name {
+    Function(Function),
+    LoaderMark,
+}
+
+/// Where in the names of `table` those stand that are looked for.
+///
+/// Linkers let a name stand at the end of a longer one (`malloc` in `xmalloc`),
+/// so each place counts at which the rest up to the zero is the name. Looking
+/// for names first, and by number in the symbols, takes constant memory,
+/// whatever the size of the tables.
+fn find_names(file: &File, table: &SymbolTable) -> Result<HashMap<u32, Name>, ElfError> {
+    let wanted: Vec<(&[u8], Name)> = Function::ALL
+        .iter()
+        .map(|&function| (function.symbol().as_bytes(), Name::Function(function)))
+        .chain([(LOADER_MARK.as_bytes(), Name::LoaderMark)])
+        .collect();
+    let longest = wanted.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+
+    let mut names = HashMap::new();
+    let mut window: Vec<u8> = Vec::new();
+    let mut window_start = 0_u64;
+    for_each_chunk(
+        file,
+        table.names_offset,
+        table.names_size,
+        CHUNK_BYTES,
+        |chunk| {
+            window.extend_from_slice(chunk);
+            for (end, _) in window.iter().enumerate().filter(|&(_, &byte)| byte == 0) {
+                let before = window.get(..end).unwrap_or_default();
+                for &(name, what) in &wanted {
+                    if names.len() <= MAX_MATCHES && before.ends_with(name) {
+                        let start = window_start + (end - name.len()) as u64;
+                        names.extend(u32::try_from(start).ok().map(|start| (start, what)));
+                    }
+                }
+            }
+            // A name may go on in the next chunk.
+            let done = window.len().saturating_sub(longest);
+            window.drain(..done);
+            window_start += done as u64;
+        },
+    )?;
+    if names.len() > MAX_MATCHES {
+        return Err(ElfError::Malformed("the same names too often"));
+    }
+    Ok(names)
+}
+
+/// What is used of a symbol.
+struct Symbol {
+    name: u32,
+    kind: u8,
+    address: VirtOffset,
+    /// Visible to other files, and has a place in this one. The entry of an
+    /// imported function in an executable can have a value too, its PLT stub's,
+    /// but has no section.
+    defined: bool,
+}
+
+fn for_each_symbol(
+    file: &File,
+    table: &SymbolTable,
+    mut on_symbol: impl FnMut(&Symbol),
+) -> Result<(), ElfError> {
+    let chunk_bytes = CHUNK_BYTES / SYMBOL_BYTES * SYMBOL_BYTES;
+    for_each_chunk(file, table.offset, table.size, chunk_bytes, |chunk| {
+        for symbol in chunk.chunks_exact(SYMBOL_BYTES).map(Fields) {
+            let (info, section, value) = (symbol.u8(4), symbol.u16(6), symbol.u64(8));
+            let binding = info >> 4;
+            on_symbol(&Symbol {
+                name: symbol.u32(0),
+                kind: info & 0xf,
+                address: VirtOffset(value),
+                defined: (binding == elf::STB_GLOBAL.0 || binding == elf::STB_WEAK.0)
+                    && section != elf::SHN_UNDEF.0
+                    && value != 0,
+            });
+        }
+    })
+}
+
+/// Reads a part of a file piece by piece. The part may end before it says it
+/// does.
+fn for_each_chunk(
+    file: &File,
+    start: FileOffset,
+    size: u64,
+    chunk_bytes: usize,
+    mut on_chunk: impl FnMut(&[u8]),
+) -> Result<(), ElfError> {
+    let mut buffer = vec![0; chunk_bytes];
+    let mut at = start.0;
+    let mut left = size.min(MAX_TABLE_BYTES);
+    while left > 0 {
+        let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(chunk_bytes);
+        let Some(chunk) = buffer.get_mut(..wanted) else {
+            break;
+        };
+        match file.read_exact_at(chunk, at) {
+            Ok(()) => on_chunk(chunk),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(ElfError::Malformed("a symbol table beyond the file's end"));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        at = at.saturating_add(wanted as u64);
+        left -= wanted as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "find_tests.rs"]
+mod tests;

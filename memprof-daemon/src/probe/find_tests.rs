@@ -1,0 +1,267 @@
+use super::*;
+use crate::process::{files::FileStore, mapping::Mapping, maps::read_mappings};
+use std::{fs, path::Path, process::Command};
+
+fn mapped(path: &Path) -> Arc<MappedFile> {
+    let file = File::open(path).unwrap();
+    let metadata = file.metadata().unwrap();
+    Arc::new(MappedFile {
+        path: path.to_owned(),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        build_id: None,
+        file: Some(file),
+    })
+}
+
+struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let prefix = format!("memprof-find-{name}");
+        Self(tempfile::Builder::new().prefix(&prefix).tempdir().unwrap())
+    }
+
+    fn build(&self, source: &str, options: &[&str]) -> PathBuf {
+        let (from, to) = (self.0.path().join("source.c"), self.0.path().join("built"));
+        fs::write(&from, source).unwrap();
+        let status = Command::new("cc")
+            .args(["-O1", "-w", "-fno-builtin", "-o"])
+            .args([&to, &from])
+            .args(options)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        to
+    }
+}
+
+fn site(module: &AllocatorModule, function: Function) -> &FoundSite {
+    let named = |site: &&FoundSite| site.function == function || site.aliases.contains(&function);
+    module.sites.iter().find(named).unwrap()
+}
+
+/// Check that this process's C library is found, with every function it has,
+/// that names which share an address are one site, and that the sites are where
+/// the object crate and the memory of this process have them.
+#[test]
+fn own_c_library() {
+    use object::read::{Object, ObjectSymbol};
+    let mappings = read_mappings(std::process::id(), &FileStore::default()).unwrap();
+    let modules = Finder::default()
+        .find_all(std::process::id(), &mappings)
+        .unwrap();
+    assert_eq!(modules.len(), 1);
+    let module = &modules[0];
+    assert!(module.file.path.to_string_lossy().contains("libc"));
+    assert_eq!(
+        site(module, Function::Memalign).function,
+        Function::AlignedAlloc
+    );
+    assert!(module.indirect.is_empty());
+
+    let bytes = fs::read(&module.attach_path).unwrap();
+    let object = object::File::parse(&*bytes).unwrap();
+    let layout = ElfLayout::read(module.file.file.as_ref().unwrap()).unwrap();
+    for &function in Function::ALL {
+        let expected = object
+            .dynamic_symbols()
+            .find(|symbol| symbol.name() == Ok(function.symbol()))
+            .and_then(|symbol| layout.code_offset(VirtOffset(symbol.address())));
+        if let Some(expected) = expected {
+            assert_eq!(site(module, function).file_offset, expected, "{function:?}");
+        }
+    }
+    let unique: std::collections::BTreeSet<_> =
+        module.sites.iter().map(|site| site.file_offset).collect();
+    assert_eq!(unique.len(), module.sites.len());
+
+    let malloc = libc::malloc as *const () as u64;
+    let here = mappings
+        .iter()
+        .find(|mapping: &&Arc<Mapping>| (mapping.start.0..mapping.end.0).contains(&malloc))
+        .unwrap();
+    let offset = FileOffset(here.file_offset.0 + malloc - here.start.0);
+    assert_eq!(site(module, Function::Malloc).file_offset, offset);
+}
+
+/// Check that the kernel accepts the path of a found module for a uprobe.
+#[test]
+fn attach_path_takes_a_probe() {
+    let mappings = read_mappings(std::process::id(), &FileStore::default()).unwrap();
+    let finder = Finder::default();
+    let module = finder
+        .find_all(std::process::id(), &mappings)
+        .unwrap()
+        .remove(0);
+    let kind = fs::read_to_string("/sys/bus/event_source/devices/uprobe/type").unwrap();
+    let path = std::ffi::CString::new(module.attach_path.to_str().unwrap()).unwrap();
+    // struct perf_event_attr: type and size, then config1 and config2 behind
+    // 56 bytes are the path and the offset.
+    let mut attributes = [0_u64; 14];
+    attributes[0] = kind.trim().parse::<u64>().unwrap() | 112 << 32;
+    attributes[7] = path.as_ptr() as u64;
+    attributes[8] = site(&module, Function::Pvalloc).file_offset.0;
+    // SAFETY: the attributes are 112 bytes as they say, and the path they point
+    // to lives until the call returns.
+    let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 8) };
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: the descriptor was opened above and is used nowhere else.
+    unsafe { libc::close(fd as i32) };
+}
+
+/// Check that jemalloc, which programs link in libc's place, is found in its
+/// own file, and that programs which only import malloc are no allocators.
+#[test]
+fn other_files() {
+    let finder = Finder::default();
+    let jemalloc = Path::new("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2");
+    assert!(jemalloc.exists(), "needs Debian's libjemalloc2");
+    let module = finder.find(&mapped(jemalloc)).unwrap();
+    site(&module, Function::PosixMemalign);
+    for path in [
+        "/bin/sh",
+        "/usr/bin/redis-server",
+        "/etc/passwd",
+        "/dev/null",
+    ] {
+        assert!(finder.find(&mapped(Path::new(path))).is_none(), "{path}");
+    }
+}
+
+/// Check that a static program is found by its symbol table.
+#[test]
+fn static_program() {
+    let scratch = Scratch::new("static");
+    let source = "#include <stdlib.h>\nint main() { free(malloc(1)); }";
+    let path = scratch.build(source, &["-static"]);
+    let module = Finder::default().find(&mapped(&path)).unwrap();
+    site(&module, Function::Realloc);
+}
+
+/// Check that an executable which takes the address of an imported malloc, and
+/// so has a value for it, does not count as defining it.
+#[test]
+fn imported_with_a_value() {
+    let scratch = Scratch::new("plt");
+    let source = "#include <stdlib.h>\nvoid *(*volatile m)(size_t) = malloc;\n\
+        void (*volatile f)(void *) = free;\nint main() { f(m(1)); }";
+    let path = scratch.build(source, &["-no-pie"]);
+    assert!(Finder::default().find(&mapped(&path)).is_none());
+}
+
+/// Check what counts as an allocator: not malloc without free, not static
+/// functions, not variables, not the stub in an old glibc's loader; a function
+/// chosen at run time is told.
+#[test]
+fn what_counts() {
+    let find = |name: &str, source: &str| {
+        let scratch = Scratch::new(name);
+        let path = scratch.build(source, &["-shared", "-fPIC", "-nostdlib"]);
+        Finder::default().find(&mapped(&path))
+    };
+    let malloc = "void *malloc(long n) { return (void *)n; }";
+    let free = "void free(void *p) { *(volatile char *)p; }";
+    assert!(find("both", &format!("{malloc}{free}")).is_some());
+    assert!(find("only", malloc).is_none());
+    assert!(
+        find(
+            "static",
+            &format!("__attribute__((used)) static {malloc}{free}")
+        )
+        .is_none()
+    );
+    assert!(find("variable", &format!("int malloc = 1;{free}")).is_none());
+    let mark = "int _rtld_global = 1;";
+    assert!(find("stub", &format!("{mark}{malloc}{free}")).is_none());
+    let ifunc = "void *r(long n) { return 0; } void *(*pick())(long) { return r; }\
+        void *realloc(long) __attribute__((ifunc(\"pick\")));";
+    let module = find("ifunc", &format!("{malloc}{free}{ifunc}")).unwrap();
+    assert_eq!(module.indirect, [Function::Realloc]);
+    assert_eq!(module.sites.len(), 2);
+}
+
+/// Check that names are found across the pieces in which they are read and at
+/// the ends of other names.
+#[test]
+fn names_across_chunks() {
+    let scratch = Scratch::new("names");
+    for shift in 0..24 {
+        let mut bytes = vec![b'x'; CHUNK_BYTES - shift];
+        bytes.extend(b"malloc\0free_sized\0mallocs\0free");
+        let path = scratch.0.path().join("names");
+        fs::write(&path, &bytes).unwrap();
+        let table = SymbolTable {
+            offset: FileOffset(0),
+            size: 0,
+            names_offset: FileOffset(0),
+            names_size: bytes.len() as u64,
+        };
+        let names = find_names(&File::open(&path).unwrap(), &table).unwrap();
+        let at = (CHUNK_BYTES - shift) as u32;
+        let expected = HashMap::from([
+            (at, Name::Function(Function::Malloc)),
+            (at + 7, Name::Function(Function::FreeSized)),
+        ]);
+        assert_eq!(names, expected, "{shift}");
+    }
+}
+
+/// Check that a file cannot make the search hold any number of names.
+#[test]
+fn repeated_names() {
+    let scratch = Scratch::new("repeated");
+    let path = scratch.0.path().join("names");
+    let bytes = b"malloc\0".repeat(MAX_MATCHES + 1);
+    fs::write(&path, &bytes).unwrap();
+    let table = SymbolTable {
+        offset: FileOffset(0),
+        size: 0,
+        names_offset: FileOffset(0),
+        names_size: bytes.len() as u64,
+    };
+    assert!(find_names(&File::open(&path).unwrap(), &table).is_err());
+}
+
+/// Check that a library each byte of whose headers, symbols and names is set to
+/// bad values in turn never panics the search.
+#[test]
+fn hostile_files() {
+    let scratch = Scratch::new("hostile");
+    let source = "void *malloc(long n) { return (void *)n; } void free(void *p) {}";
+    let path = scratch.build(source, &["-shared", "-fPIC", "-nostdlib", "-s"]);
+    let good = fs::read(&path).unwrap();
+    let layout = ElfLayout::read(&File::open(&path).unwrap()).unwrap();
+    let table = layout.symbol_tables[0];
+    let sections = Fields(&good).u64(40) as usize;
+    let symbols = table.offset.0 as usize..(table.names_offset.0 + table.names_size) as usize;
+    let broken = scratch.0.path().join("broken");
+    for at in (0..64).chain(symbols).chain(sections..good.len()) {
+        for bad in [0x00, 0x80, 0xff] {
+            let mut bytes = good.clone();
+            bytes[at] = bad;
+            fs::write(&broken, &bytes).unwrap();
+            let _ = Definitions::read(&File::open(&broken).unwrap());
+        }
+    }
+}
+
+/// Check that a process without an allocator is an error that says where it was
+/// looked for.
+#[test]
+fn no_allocator() {
+    let error = Finder::default()
+        .find_all(7, &MappingTable::default())
+        .unwrap_err();
+    assert!(error.to_string().contains("pid 7 has no known allocator"));
+    let mut table = MappingTable::default();
+    table.insert(Mapping {
+        start: crate::address::AbsAddr(0x1000),
+        end: crate::address::AbsAddr(0x2000),
+        file_offset: FileOffset(0),
+        file: Some(mapped(Path::new("/bin/true"))),
+        name: String::new(),
+    });
+    let error = Finder::default().find_all(7, &table).unwrap_err();
+    assert!(error.to_string().ends_with("malloc and free in /bin/true"));
+}

@@ -1,0 +1,207 @@
+//! Loads the BPF object and hands out its maps.
+
+use aya::{
+    EbpfError, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{ProgramError, RawTracePoint, UProbe},
+};
+use aya_log::EbpfLogger;
+use memprof_common::{
+    config::TargetConfig,
+    counters::TargetCounters,
+    limits::{
+        DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
+    },
+    stack::{StackKey, StackRecord},
+};
+use thiserror::Error;
+
+use super::{attach::Prober, live_map::LiveMap};
+
+/// The object that `cargo xtask ebpf` builds and `build.rs` vouches for.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MEMPROF_BPF_OBJECT"));
+
+/// How large the maps are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Bytes in the event ring: a power of two, at least a page.
+    pub ring_bytes: u32,
+    /// Sampled blocks that can be live at once.
+    pub live_entries: u32,
+    /// Distinct stacks that BPF can know at once.
+    pub stack_entries: u32,
+    /// Allocation calls that can be in flight at once.
+    pub in_flight_entries: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            ring_bytes: DEFAULT_RING_BYTES,
+            live_entries: DEFAULT_LIVE_ENTRIES,
+            stack_entries: DEFAULT_STACK_ENTRIES,
+            in_flight_entries: DEFAULT_IN_FLIGHT_ENTRIES,
+        }
+    }
+}
+
+/// Why the object could not be brought into the kernel.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The kernel refused the object or one of its maps.
+    #[error("cannot load the BPF object")]
+    Object(#[source] Box<EbpfError>),
+    /// The kernel refused a program; the source holds the verifier's words.
+    #[error("the kernel refused the BPF program `{name}`")]
+    Program {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A map is not what this daemon expects: object and daemon do not belong
+    /// together.
+    #[error("the BPF map `{name}` is missing or of another type")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why, if it is there.
+        #[source]
+        source: Option<Box<MapError>>,
+    },
+    /// The object lacks a program.
+    #[error("the BPF object has no program `{0}`")]
+    NoProgram(&'static str),
+    /// The log of the BPF side could not be set up.
+    #[error("cannot read the log of the BPF programs")]
+    Log(#[source] aya_log::Error),
+}
+
+/// The programs' memory, each map for one owner.
+pub struct Maps {
+    /// Events.
+    pub events: RingBuf<MapData>,
+    /// Traced processes by slot.
+    pub targets: Array<MapData, TargetConfig>,
+    /// Slots by pid.
+    pub slots: HashMap<MapData, u32, u32>,
+    /// Losses by slot.
+    pub counters: PerCpuArray<MapData, TargetCounters>,
+    /// Sampled blocks not yet freed.
+    pub live: LiveMap,
+    /// Stacks by name.
+    pub stacks: HashMap<MapData, StackKey, StackRecord>,
+}
+
+/// What a loaded object consists of.
+pub struct Loaded {
+    /// Its programs, loaded and attached to nothing but the tracepoints.
+    pub prober: Prober,
+    /// Its maps.
+    pub maps: Maps,
+    /// Its log, if asked for.
+    pub log: Option<EbpfLogger<&'static dyn log::Log>>,
+}
+
+/// Names of the programs, which `memprof-ebpf/src/main.rs` defines.
+pub(super) const ALLOC_ENTRY: &str = "alloc_entry";
+pub(super) const ALLOC_RETURN: &str = "alloc_return";
+pub(super) const FREE_ENTRY: &str = "free_entry";
+const TRACEPOINTS: [(&str, &str); 2] = [
+    ("process_exec", "sched_process_exec"),
+    ("thread_exit", "sched_process_exit"),
+];
+
+/// Loads the object, with its maps in the given sizes.
+///
+/// `bpf_log` turns the diagnostics of the BPF side on; without it they cost
+/// nothing, since the verifier removes code behind a constant.
+///
+/// # Errors
+///
+/// [`LoadError`]; nothing stays behind in the kernel.
+///
+/// # Minimum kernel version
+///
+/// 5.15: ring buffer (5.8), `bpf_get_attach_cookie` in uprobes (5.15).
+pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
+    let log_level: u8 = if bpf_log {
+        aya_log::Level::Debug as u8
+    } else {
+        0
+    };
+    let mut ebpf = EbpfLoader::new()
+        .override_global(aya_log::LEVEL, &log_level, false)
+        .map_max_entries("EVENTS", sizes.ring_bytes)
+        .map_max_entries("LIVE", sizes.live_entries)
+        .map_max_entries("STACKS", sizes.stack_entries)
+        .map_max_entries("IN_FLIGHT", sizes.in_flight_entries)
+        .map_max_entries("TAKEN", sizes.in_flight_entries)
+        .load(OBJECT)
+        .map_err(|error| LoadError::Object(Box::new(error)))?;
+
+    let log = if bpf_log {
+        Some(EbpfLogger::init(&mut ebpf).map_err(LoadError::Log)?)
+    } else {
+        None
+    };
+    let mut take = |name: &'static str| {
+        ebpf.take_map(name)
+            .ok_or(LoadError::Map { name, source: None })
+    };
+    let maps = Maps {
+        events: typed("EVENTS", take("EVENTS")?)?,
+        targets: typed("TARGETS", take("TARGETS")?)?,
+        slots: typed("SLOTS", take("SLOTS")?)?,
+        counters: typed("COUNTERS", take("COUNTERS")?)?,
+        live: LiveMap::new(take("LIVE")?).map_err(|error| map_error("LIVE", error))?,
+        stacks: typed("STACKS", take("STACKS")?)?,
+    };
+
+    for name in [ALLOC_ENTRY, ALLOC_RETURN, FREE_ENTRY] {
+        let program: &mut UProbe = ebpf
+            .program_mut(name)
+            .ok_or(LoadError::NoProgram(name))?
+            .try_into()
+            .map_err(|error| program_error(name, error))?;
+        program.load().map_err(|error| program_error(name, error))?;
+    }
+    for (name, tracepoint) in TRACEPOINTS {
+        let program: &mut RawTracePoint = ebpf
+            .program_mut(name)
+            .ok_or(LoadError::NoProgram(name))?
+            .try_into()
+            .map_err(|error| program_error(name, error))?;
+        program
+            .load()
+            .and_then(|()| program.attach(tracepoint))
+            .map_err(|error| program_error(name, error))?;
+    }
+    Ok(Loaded {
+        prober: Prober::new(ebpf),
+        maps,
+        log,
+    })
+}
+
+fn typed<T>(name: &'static str, map: Map) -> Result<T, LoadError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    T::try_from(map).map_err(|error| map_error(name, error))
+}
+
+fn map_error(name: &'static str, error: MapError) -> LoadError {
+    LoadError::Map {
+        name,
+        source: Some(Box::new(error)),
+    }
+}
+
+fn program_error(name: &'static str, error: ProgramError) -> LoadError {
+    LoadError::Program {
+        name,
+        source: Box::new(error),
+    }
+}
