@@ -1,0 +1,230 @@
+use std::{fs, os::unix::fs::FileExt as _, process::Command};
+
+use super::*;
+use crate::symbolize::testing::{
+    OUTER_LINE, OwnMappings, mapped_file, open, outer_address, own_path,
+};
+
+fn outer_offset() -> FileOffset {
+    OwnMappings::read().file_offset(outer_address())
+}
+
+fn resolve_one(file: &Arc<MappedFile>, offset: FileOffset) -> FrameName {
+    let mut names = Resolver::new().resolve(file, &[offset]);
+    assert_eq!(names.len(), 1);
+    names.remove(0)
+}
+
+#[track_caller]
+fn assert_names_outer(name: &FrameName, with_line: bool) {
+    let FrameName::Known(lines) = name else {
+        panic!("{name:?}");
+    };
+    let outer = lines.last().unwrap();
+    assert!(
+        outer.function.ends_with("::testing::outer_function"),
+        "{outer:?}"
+    );
+    if with_line {
+        assert!(
+            outer
+                .file
+                .as_ref()
+                .unwrap()
+                .ends_with("symbolize/testing.rs"),
+            "{outer:?}"
+        );
+        assert!(
+            (OUTER_LINE - 1..=OUTER_LINE + 2).contains(&outer.line.unwrap()),
+            "{outer:?}"
+        );
+    } else {
+        assert_eq!((&outer.file, outer.line), (&None, None));
+    }
+}
+
+/// Check that a function of this program gets its demangled name, file and line.
+#[test]
+fn names_a_function() {
+    let name = resolve_one(&open(&own_path()), outer_offset());
+    assert_names_outer(&name, true);
+}
+
+/// Check that inlined functions come leaf first, the containing one last, each
+/// with the line that executes in it.
+#[test]
+fn inlined_functions_are_leaf_first() {
+    let start = outer_offset();
+    let offsets: Vec<_> = (start.0..start.0 + 256).map(FileOffset).collect();
+    let names = Resolver::new().resolve(&open(&own_path()), &offsets);
+    let nested: Vec<_> = names
+        .iter()
+        .filter_map(|name| match name {
+            FrameName::Known(lines) if lines.len() >= 3 => Some(lines),
+            _ => None,
+        })
+        .filter(|lines| lines[lines.len() - 1].function.ends_with("outer_function"))
+        .collect();
+    assert!(!nested.is_empty(), "{names:?}");
+    for lines in nested {
+        let [.., inner, middle, outer] = &lines[..] else {
+            unreachable!("at least three, as filtered");
+        };
+        assert!(inner.function.contains("inner_function"), "{lines:?}");
+        assert!(middle.function.contains("middle_function"), "{lines:?}");
+        assert_eq!(outer.line, Some(OUTER_LINE + 1), "{lines:?}");
+        assert_eq!(middle.line, Some(OUTER_LINE + 6), "{lines:?}");
+        assert_eq!(inner.line, Some(OUTER_LINE + 11), "{lines:?}");
+    }
+}
+
+/// Check that a file is named through its descriptor, also when it is deleted
+/// and its path is another file.
+#[test]
+fn names_a_deleted_and_replaced_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    fs::copy(own_path(), &path).unwrap();
+    let file = open(&path);
+    fs::remove_file(&path).unwrap();
+    assert_names_outer(&resolve_one(&file, outer_offset()), true);
+    fs::write(&path, "another").unwrap();
+    assert_names_outer(&resolve_one(&file, outer_offset()), true);
+}
+
+/// Check that a stripped file gets its lines from a debug file beside it, and
+/// that a damaged debug file costs the lines only, not the names.
+#[test]
+fn follows_the_debug_link() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    let debug = directory.path().join("program.debug");
+    let objcopy = |arguments: &[&str]| {
+        let status = Command::new("objcopy")
+            .args(arguments)
+            .current_dir(directory.path())
+            .status();
+        assert!(status.unwrap().success(), "{arguments:?}");
+    };
+    fs::copy(own_path(), &path).unwrap();
+    objcopy(&["--only-keep-debug", "program", "program.debug"]);
+    objcopy(&[
+        "--strip-debug",
+        "--add-gnu-debuglink=program.debug",
+        "program",
+    ]);
+    let offset = outer_offset();
+    assert_names_outer(&resolve_one(&open(&path), offset), true);
+
+    let mut damaged = fs::read(&debug).unwrap();
+    damaged.truncate(damaged.len() / 2);
+    fs::write(&debug, damaged).unwrap();
+    assert_names_outer(&resolve_one(&open(&path), offset), false);
+    fs::remove_file(&debug).unwrap();
+    assert_names_outer(&resolve_one(&open(&path), offset), false);
+}
+
+/// Check that a file with no symbol there says so.
+#[test]
+fn no_symbol() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    fs::copy(own_path(), &path).unwrap();
+    let status = Command::new("strip").arg(&path).status();
+    assert!(status.unwrap().success());
+    let names = Resolver::new().resolve(
+        &open(&path),
+        &[outer_offset(), FileOffset(u64::MAX), FileOffset(0)],
+    );
+    assert_eq!(
+        names,
+        vec![FrameName::Unknown(UnknownReason::NoSymbol); names.len()]
+    );
+}
+
+/// Check that what is no ELF file, or no file, says which.
+#[test]
+fn not_an_elf_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    let unknown = |content: &[u8]| {
+        fs::write(&path, content).unwrap();
+        resolve_one(&open(&path), FileOffset(0x1000))
+    };
+    for content in [&b""[..], b"\x7fEL", b"#!/bin/sh\n", &[0xff; 8192]] {
+        assert_eq!(unknown(content), FrameName::Unknown(UnknownReason::NotElf));
+    }
+    for file in [
+        mapped_file(Path::new("/gone"), None),
+        open(directory.path()),
+        open(Path::new("/dev/zero")),
+    ] {
+        assert_eq!(
+            resolve_one(&file, FileOffset(0)),
+            FrameName::Unknown(UnknownReason::FileUnreadable)
+        );
+    }
+}
+
+/// Check that ELF files cut short give reasons, not panics.
+#[test]
+fn truncated_elf_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    fs::copy(own_path(), &path).unwrap();
+    let offset = outer_offset();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let whole = file.metadata().unwrap().len();
+    for size in [
+        whole - 1,
+        whole - 4096,
+        whole / 2,
+        4096,
+        65,
+        64,
+        63,
+        17,
+        5,
+        4,
+    ] {
+        file.set_len(size).unwrap();
+        let name = resolve_one(&open(&path), offset);
+        if size < whole / 2 {
+            assert!(matches!(name, FrameName::Unknown(_)), "{size}: {name:?}");
+        }
+    }
+}
+
+/// Check that damage anywhere in an ELF file gives names or reasons, never a
+/// panic: a fixed seed, each copy damaged in ten places.
+#[test]
+fn damaged_elf_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("program");
+    let original = fs::read("/bin/sh").unwrap();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut draw = move |below: usize| {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as usize % below
+    };
+    fs::write(&path, &original).unwrap();
+    let offsets: Vec<_> = (0..32).map(|page| FileOffset(page * 4096)).collect();
+    for round in 0..200 {
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&original, 0).unwrap();
+        // Headers are small and what parsing trusts most: half of it goes there.
+        for hit in 0..10 {
+            let place = if hit % 2 == 0 {
+                draw(1024)
+            } else {
+                draw(original.len())
+            };
+            let place = if place < 4 { place + 4 } else { place };
+            file.write_all_at(&[draw(256) as u8], place as u64).unwrap();
+        }
+        let names = Resolver::new().resolve(&open(&path), &offsets);
+        assert_eq!(names.len(), offsets.len(), "{round}");
+    }
+}
