@@ -1,0 +1,231 @@
+//! JSON, schema `memprof.profile/1`: `docs/json.md` says what each field means,
+//! `docs/memprof.profile-1.schema.json` says it to machines.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    io::{self, BufWriter, Write},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use serde::{Serialize, Serializer};
+
+use crate::{
+    export::{
+        line::{FrameLine, build_id, lines, mapped_file, module},
+        numbers::{Numbers, by_inuse},
+        profile::{ProbeSite, ProcessProfile, Profile, StackProfile},
+    },
+    symbolize::frame::Frame,
+};
+
+/// The value of the field `schema`.
+pub const SCHEMA: &str = "memprof.profile/1";
+
+/// Writes a profile as JSON, stack by stack, with a newline at the end.
+///
+/// # Errors
+///
+/// Those of the writer.
+pub fn write(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
+    let mut out = BufWriter::new(out);
+    serde_json::to_writer(&mut out, &Document::from(profile))?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+#[derive(Serialize)]
+struct Document<'a> {
+    schema: &'static str,
+    captured_at: String,
+    duration_s: f64,
+    kernel: &'a str,
+    arch: &'a str,
+    sample_interval_bytes: u64,
+    probe: Probe<'a>,
+    processes: Processes<'a>,
+}
+
+#[derive(Serialize)]
+struct Probe<'a> {
+    mode: &'a str,
+    sites: Vec<Site<'a>>,
+}
+
+#[derive(Serialize)]
+struct Site<'a> {
+    module: &'a str,
+    function: &'a str,
+    file_offset: u64,
+}
+
+impl<'a> From<&'a Profile> for Document<'a> {
+    fn from(profile: &'a Profile) -> Self {
+        let site = |site: &'a ProbeSite| Site {
+            module: &site.module,
+            function: &site.function,
+            file_offset: site.file_offset,
+        };
+        Self {
+            schema: SCHEMA,
+            captured_at: rfc_3339(profile.captured_at),
+            // Nobody reads more than milliseconds in it.
+            duration_s: (profile.duration.as_secs_f64() * 1e3).round() / 1e3,
+            kernel: &profile.kernel,
+            arch: &profile.arch,
+            sample_interval_bytes: profile.sample_interval_bytes,
+            probe: Probe {
+                mode: &profile.probe.mode,
+                sites: profile.probe.sites.iter().map(site).collect(),
+            },
+            processes: Processes(&profile.processes),
+        }
+    }
+}
+
+/// A time in UTC, with milliseconds. Times before 1970 are no times of ours:
+/// they are a clock that was never set.
+pub(crate) fn rfc_3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time.max(SystemTime::UNIX_EPOCH)).to_string()
+}
+
+struct Processes<'a>(&'a [ProcessProfile]);
+
+impl Serialize for Processes<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(Process::from))
+    }
+}
+
+#[derive(Serialize)]
+struct Process<'a> {
+    pid: u32,
+    comm: &'a str,
+    exe: &'a str,
+    start_time: String,
+    exited: bool,
+    memory: Option<Memory>,
+    losses: &'a BTreeMap<&'static str, u64>,
+    stacks: Stacks<'a>,
+}
+
+#[derive(Serialize)]
+struct Memory {
+    rss_bytes: u64,
+    rss_anon_bytes: u64,
+    rss_file_bytes: u64,
+    rss_peak_bytes: u64,
+    swap_bytes: u64,
+    virtual_bytes: u64,
+}
+
+impl<'a> From<&'a ProcessProfile> for Process<'a> {
+    fn from(process: &'a ProcessProfile) -> Self {
+        Self {
+            pid: process.pid,
+            comm: &process.comm,
+            exe: &process.exe,
+            start_time: rfc_3339(process.start_time),
+            exited: process.exited,
+            memory: process.memory.map(|memory| Memory {
+                rss_bytes: memory.rss_bytes,
+                rss_anon_bytes: memory.rss_anon_bytes,
+                rss_file_bytes: memory.rss_file_bytes,
+                rss_peak_bytes: memory.rss_peak_bytes,
+                swap_bytes: memory.swap_bytes,
+                virtual_bytes: memory.virtual_bytes,
+            }),
+            losses: &process.losses,
+            stacks: Stacks(process),
+        }
+    }
+}
+
+struct Stacks<'a>(&'a ProcessProfile);
+
+impl Serialize for Stacks<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(by_inuse(self.0).into_iter().map(Stack::from))
+    }
+}
+
+#[derive(Serialize)]
+struct Stack<'a> {
+    alloc_objects: u64,
+    alloc_bytes: u64,
+    inuse_objects: u64,
+    inuse_bytes: u64,
+    samples: u64,
+    truncated: bool,
+    frames: Frames<'a>,
+}
+
+impl<'a> From<(&'a StackProfile, Numbers)> for Stack<'a> {
+    fn from((stack, numbers): (&'a StackProfile, Numbers)) -> Self {
+        Self {
+            alloc_objects: numbers.alloc_objects,
+            alloc_bytes: numbers.alloc_bytes,
+            inuse_objects: numbers.inuse_objects,
+            inuse_bytes: numbers.inuse_bytes,
+            samples: numbers.samples,
+            truncated: stack.truncated,
+            frames: Frames(&stack.frames),
+        }
+    }
+}
+
+struct Frames<'a>(&'a [Arc<Frame>]);
+
+impl Serialize for Frames<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(lines(self.0).map(FrameObject::from))
+    }
+}
+
+/// A frame that has a `function`, or one that says why it is `unknown`.
+#[derive(Serialize)]
+struct FrameObject<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unknown: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    module: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    build_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_offset: Option<u64>,
+    /// Only where there is no place in a file: two stacks must not read the
+    /// same because their frames have no names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inlined: Option<bool>,
+}
+
+impl<'a> From<FrameLine<'a>> for FrameObject<'a> {
+    fn from(line: FrameLine<'a>) -> Self {
+        let frame = line.frame;
+        let known = line.function.ok();
+        Self {
+            function: known.map(|known| known.function.as_str()),
+            unknown: line.function.err().map(|reason| reason.name()),
+            module: module(frame),
+            build_id: mapped_file(frame).and_then(build_id),
+            file_offset: frame.file_offset.map(|offset| offset.0),
+            address: (frame.file_offset.is_none() && frame.address.0 != 0)
+                .then(|| frame.address.to_string()),
+            file: known.and_then(|known| known.file.as_deref()),
+            line: known.and_then(|known| known.line),
+            inlined: known.map(|_| line.inlined),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::export::testing;
+
+fn document(profile: &Profile) -> Value {
+    let mut out = Vec::new();
+    write(profile, &mut out).unwrap();
+    serde_json::from_slice(&out).unwrap()
+}
+
+fn validator() -> jsonschema::Validator {
+    let schema = include_str!(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../docs/memprof.profile-1.schema.json"
+    ));
+    let schema = serde_json::from_str(schema).unwrap();
+    jsonschema::draft202012::meta::validate(&schema).unwrap();
+    jsonschema::validator_for(&schema).unwrap()
+}
+
+/// Check that what is written is what the published schema promises, for a
+/// profile with everything in it and for an empty one.
+#[test]
+fn output_validates() {
+    let validator = validator();
+    for profile in [testing::profile(), testing::empty_profile()] {
+        let document = document(&profile);
+        let errors: Vec<_> = validator.iter_errors(&document).collect();
+        assert!(errors.is_empty(), "{errors:?}\n{document:#}");
+    }
+}
+
+/// Check that the schema refuses documents that break its promises.
+#[test]
+fn schema_refuses_broken_documents() {
+    let validator = validator();
+    let good = document(&testing::profile());
+    for (pointer, broken) in [
+        ("/schema", json!("memprof.profile/2")),
+        ("/captured_at", json!("yesterday")),
+        ("/sample_interval_bytes", json!(-1)),
+        ("/probe/sites/0", json!({"module": "/lib/libc.so"})),
+        ("/processes/0/pid", json!("4242")),
+        ("/processes/0/memory", json!({"rss_bytes": 1})),
+        ("/processes/0/losses/alloc_ring_full", json!(1.5)),
+        ("/processes/0/stacks/0/inuse_bytes", json!(8_388_608.25)),
+        ("/processes/0/stacks/0/frames", json!([])),
+        ("/processes/0/stacks/0/frames/0", json!({})),
+        (
+            "/processes/0/stacks/0/frames/0",
+            json!({"function": "f", "inlined": false, "unknown": "no_symbol"}),
+        ),
+        (
+            "/processes/0/stacks/0/frames/0",
+            json!({"unknown": "tired"}),
+        ),
+        ("/processes", Value::Null),
+    ] {
+        let mut document = good.clone();
+        *document.pointer_mut(pointer).unwrap() = broken.clone();
+        assert!(!validator.is_valid(&document), "{pointer}: {broken}");
+    }
+    let mut extra = good;
+    extra["surprise"] = json!(1);
+    assert!(!validator.is_valid(&extra));
+}
+
+/// Check the numbers and frames of each kind of stack, in their order.
+#[test]
+fn content() {
+    let document = document(&testing::profile());
+    assert_eq!(document["schema"], SCHEMA);
+    assert_eq!(document["captured_at"], "2026-09-21T14:13:20.123Z");
+    assert_eq!(document["duration_s"], 30.042);
+    let leaky = &document["processes"][0];
+    assert_eq!(leaky["start_time"], "2026-09-21T13:56:40.000Z");
+    assert_eq!(
+        leaky["losses"],
+        json!({"alloc_ring_full": 12, "live_map_full": 0})
+    );
+    assert_eq!(leaky["memory"]["rss_anon_bytes"], 42_000_000);
+    assert_eq!(document["processes"][1]["memory"], Value::Null);
+
+    assert_eq!(
+        leaky["stacks"][0],
+        json!({
+            "alloc_objects": 1024,
+            "alloc_bytes": 10_485_760,
+            "inuse_objects": 819,
+            "inuse_bytes": 8_388_608,
+            "samples": 8,
+            "truncated": false,
+            "frames": [
+                {
+                    "function": "xmalloc", "module": "/opt/leaky/app", "build_id": "ab01",
+                    "file_offset": 0x1010, "file": "src/x.h", "line": 7, "inlined": true,
+                },
+                {
+                    "function": "leak_buffers", "module": "/opt/leaky/app", "build_id": "ab01",
+                    "file_offset": 0x1010, "file": "src/leak.c", "line": 42, "inlined": false,
+                },
+                {
+                    "function": "main", "module": "/opt/leaky/app", "build_id": "ab01",
+                    "file_offset": 0x1100, "file": "src/leak.c", "line": 80, "inlined": false,
+                },
+            ],
+        })
+    );
+    let unknown = &leaky["stacks"][1];
+    assert_eq!(unknown["truncated"], true);
+    assert_eq!(
+        unknown["frames"],
+        json!([
+            {"unknown": "unmapped", "address": "0xdead"},
+            {
+                "unknown": "no_symbol", "module": "/opt/leaky/\u{fffd}/leaky.so",
+                "file_offset": 0x1234,
+            },
+            {
+                "function": "vec<[u8; 4]>::push", "module": "/opt/leaky/app",
+                "build_id": "ab01", "file_offset": 0x1200, "inlined": false,
+            },
+        ])
+    );
+    assert_eq!(
+        leaky["stacks"][2]["frames"],
+        json!([{"unknown": "no_stack"}])
+    );
+    // Freed to the last sample: nothing in use, whatever the sums leave.
+    assert_eq!(leaky["stacks"][3]["alloc_bytes"], 99_999);
+    assert_eq!(leaky["stacks"][3]["inuse_bytes"], 0);
+}
+
+/// Check that a clock that was never set makes no profile fail.
+#[test]
+fn time_before_1970() {
+    let time = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
+    assert_eq!(rfc_3339(time), "1970-01-01T00:00:00.000Z");
+}

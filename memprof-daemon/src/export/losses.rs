@@ -1,0 +1,112 @@
+//! What was lost, in words.
+
+use memprof_common::counters::DropReason;
+
+use crate::export::{profile::Profile, units};
+
+/// Everything that was lost in a profile, one sentence each.
+pub(crate) fn losses_in_words(profile: &Profile) -> Vec<String> {
+    profile
+        .processes
+        .iter()
+        .flat_map(|process| {
+            process
+                .losses
+                .iter()
+                .filter(|(_, number)| **number > 0)
+                .map(|(name, number)| format!("pid {}: {}", process.pid, sentence(name, *number)))
+        })
+        .collect()
+}
+
+/// A loss and its consequence, for people: `name` is as in JSON.
+pub(crate) fn sentence(name: &str, number: u64) -> String {
+    let reason = DropReason::ALL.iter().find(|reason| reason.name() == name);
+    let what = |singular| units::counted(number, singular);
+    let Some(reason) = reason else {
+        return match name {
+            "broken_stacks" => format!(
+                "{} cut where the chain of frame pointers breaks: code compiled without them",
+                what("stack")
+            ),
+            "recovered_allocations" => format!(
+                "{} found in the map of live blocks after the ring buffer was full",
+                what("allocation")
+            ),
+            "swept_frees" => format!(
+                "{} found missing in the map of live blocks after the ring buffer was full",
+                what("freed block")
+            ),
+            "replaced_allocations" => format!(
+                "{} of which the free was not seen: the address was handed out again",
+                what("block")
+            ),
+            "unmatched_frees" => format!("{} told after it was found out otherwise", what("free")),
+            // A counter without words is shown all the same.
+            _ => format!("{}: {}", name.replace('_', " "), units::count(number)),
+        };
+    };
+    match reason {
+        DropReason::AllocRingFull => format!(
+            "{}: the ring buffer was full; counted later, from the map of live blocks",
+            what("late allocation")
+        ),
+        DropReason::AllocUnreported => format!(
+            "{}: made and freed while the ring buffer was full; in-use is right",
+            what("missing allocation")
+        ),
+        DropReason::FreeRingFull => format!(
+            "{}: the ring buffer was full; counted later, so in-use is right",
+            what("late free")
+        ),
+        DropReason::LiveMapFull => format!(
+            "{}: the map of live blocks was full; a larger -i needs less of it",
+            what("missing allocation")
+        ),
+        DropReason::InFlightFull => format!(
+            "{}: too many calls of the allocator at once",
+            what("missing allocation")
+        ),
+        DropReason::StackMapFull => format!(
+            "{} without a stack: the stack map was full; a larger -i needs less of it",
+            what("allocation")
+        ),
+        DropReason::StackUnreadable => format!(
+            "{} without a stack: the kernel could not read it",
+            what("allocation")
+        ),
+        DropReason::ScratchBusy => format!(
+            "{} without a stack: no buffer was free for it",
+            what("allocation")
+        ),
+        DropReason::ExecRingFull => format!(
+            "{}: the ring buffer was full; the next event told it",
+            what("late exec")
+        ),
+        DropReason::StackTruncated => format!(
+            "{}: deeper than --stack-depth; their outer callers are missing",
+            what("cut stack")
+        ),
+        DropReason::ResultUnreadable => format!(
+            "{}: the address that posix_memalign stored could not be read",
+            what("missing allocation")
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that every cause has words with its number, and that one without
+    /// words is still told.
+    #[test]
+    fn every_cause_has_words() {
+        for reason in DropReason::ALL {
+            let sentence = sentence(reason.name(), 1234);
+            assert!(sentence.contains("1,234 "), "{sentence}");
+            assert!(!sentence.contains('_') || sentence.contains("posix_memalign"));
+        }
+        assert_eq!(sentence("ring_torn", 2), "ring torn: 2");
+    }
+}

@@ -1,0 +1,200 @@
+//! The numbers of a stack, rounded: estimates are rounded once, at the very end.
+
+use std::cmp::Reverse;
+
+use crate::{
+    export::profile::{ProcessProfile, StackProfile},
+    ledger::snapshot::StackCounters,
+};
+
+/// What a value of a profile counts; the names are pprof's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum ValueType {
+    /// Allocations.
+    AllocObjects,
+    /// Bytes allocated.
+    AllocSpace,
+    /// Blocks allocated and not freed.
+    InuseObjects,
+    /// Bytes allocated and not freed.
+    InuseSpace,
+}
+
+impl ValueType {
+    /// All four, in Go's order.
+    pub const ALL: [Self; 4] = [
+        Self::AllocObjects,
+        Self::AllocSpace,
+        Self::InuseObjects,
+        Self::InuseSpace,
+    ];
+
+    /// pprof's name for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AllocObjects => "alloc_objects",
+            Self::AllocSpace => "alloc_space",
+            Self::InuseObjects => "inuse_objects",
+            Self::InuseSpace => "inuse_space",
+        }
+    }
+
+    /// pprof's name for its unit.
+    #[must_use]
+    pub const fn unit(self) -> &'static str {
+        match self {
+            Self::AllocObjects | Self::InuseObjects => "count",
+            Self::AllocSpace | Self::InuseSpace => "bytes",
+        }
+    }
+}
+
+/// Rounded numbers of a stack, or of several together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Numbers {
+    pub(crate) alloc_objects: u64,
+    pub(crate) alloc_bytes: u64,
+    pub(crate) inuse_objects: u64,
+    pub(crate) inuse_bytes: u64,
+    pub(crate) samples: u64,
+}
+
+impl Numbers {
+    /// One stack's.
+    pub(crate) fn of(counters: &StackCounters) -> Self {
+        Self::total([counters])
+    }
+
+    /// The sum of several stacks', which is not the sum of their rounded ones.
+    pub(crate) fn total<'a>(all: impl IntoIterator<Item = &'a StackCounters>) -> Self {
+        let mut sums = [0.0; 4];
+        let mut samples = 0_u64;
+        for counters in all {
+            let [alloc_objects, alloc_bytes, inuse_objects, inuse_bytes] = &mut sums;
+            *alloc_objects += counters.alloc_objects;
+            *alloc_bytes += counters.alloc_bytes;
+            *inuse_objects += counters.inuse_objects();
+            *inuse_bytes += counters.inuse_bytes();
+            samples = samples.saturating_add(counters.samples);
+        }
+        let [alloc_objects, alloc_bytes, inuse_objects, inuse_bytes] = sums.map(round);
+        Self {
+            alloc_objects,
+            alloc_bytes,
+            inuse_objects,
+            inuse_bytes,
+            samples,
+        }
+    }
+
+    /// One of the four.
+    pub(crate) const fn value(&self, value_type: ValueType) -> u64 {
+        match value_type {
+            ValueType::AllocObjects => self.alloc_objects,
+            ValueType::AllocSpace => self.alloc_bytes,
+            ValueType::InuseObjects => self.inuse_objects,
+            ValueType::InuseSpace => self.inuse_bytes,
+        }
+    }
+
+    /// None of the four is more than 0.
+    pub(crate) fn is_zero(&self) -> bool {
+        ValueType::ALL.iter().all(|&value| self.value(value) == 0)
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the cast saturates, and makes 0 of what is no number"
+)]
+fn round(estimate: f64) -> u64 {
+    estimate.round() as u64
+}
+
+/// A process's stacks with their numbers: most bytes in use first, then most
+/// bytes allocated, then by where they are, so that the order is always the
+/// same.
+pub(crate) fn by_inuse(process: &ProcessProfile) -> Vec<(&StackProfile, Numbers)> {
+    sorted(process, |numbers| {
+        (numbers.inuse_bytes, numbers.alloc_bytes)
+    })
+}
+
+/// The same with most bytes allocated first.
+pub(crate) fn by_alloc(process: &ProcessProfile) -> Vec<(&StackProfile, Numbers)> {
+    sorted(process, |numbers| {
+        (numbers.alloc_bytes, numbers.inuse_bytes)
+    })
+}
+
+fn sorted(
+    process: &ProcessProfile,
+    bytes: impl Fn(&Numbers) -> (u64, u64),
+) -> Vec<(&StackProfile, Numbers)> {
+    let mut stacks: Vec<_> = process
+        .stacks
+        .iter()
+        .map(|stack| (stack, Numbers::of(&stack.counters)))
+        .collect();
+    stacks.sort_by(|(left_stack, left), (right_stack, right)| {
+        let places = |stack: &StackProfile| -> Vec<_> {
+            let frames = stack.frames.iter();
+            frames
+                .map(|frame| (frame.file_offset, frame.address))
+                .collect()
+        };
+        Reverse(bytes(left))
+            .cmp(&Reverse(bytes(right)))
+            .then_with(|| right.alloc_objects.cmp(&left.alloc_objects))
+            .then_with(|| places(left_stack).cmp(&places(right_stack)))
+    });
+    stacks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that a total is rounded once: three stacks of 0.4 make 1, and what
+    /// is no number makes nothing.
+    #[test]
+    fn rounds_once() {
+        let counters = StackCounters {
+            alloc_objects: 0.4,
+            alloc_bytes: f64::NAN,
+            samples: 1,
+            ..StackCounters::default()
+        };
+        assert_eq!(Numbers::of(&counters).alloc_objects, 0);
+        let total = Numbers::total([&counters; 3]);
+        assert_eq!(
+            (total.alloc_objects, total.alloc_bytes, total.samples),
+            (1, 0, 3)
+        );
+    }
+
+    /// Check that stacks are in the same order whatever order they came in.
+    #[test]
+    fn order_is_deterministic() {
+        let mut process = crate::export::testing::profile().processes.remove(0);
+        let order = |process: &ProcessProfile| -> Vec<_> {
+            let stacks = by_inuse(process).into_iter().chain(by_alloc(process));
+            stacks
+                .map(|(stack, numbers)| (stack.frames[0].address, numbers))
+                .collect()
+        };
+        let expected = order(&process);
+        for _ in 0..process.stacks.len() {
+            process.stacks.rotate_left(1);
+            assert_eq!(order(&process), expected);
+        }
+        let inuse: Vec<_> = by_inuse(&process)
+            .iter()
+            .map(|(_, numbers)| numbers.inuse_bytes)
+            .collect();
+        assert!(inuse.is_sorted_by(|left, right| left >= right), "{inuse:?}");
+    }
+}

@@ -1,0 +1,82 @@
+//! A profile with names: what every format is written from.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+pub use crate::process::info::ProcessMemory;
+use crate::{ledger::snapshot::StackCounters, symbolize::frame::Frame};
+
+/// A heap profile of one or more processes.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// When the counters were read.
+    pub captured_at: SystemTime,
+    /// From the first attach to `captured_at`.
+    pub duration: Duration,
+    /// Kernel release.
+    pub kernel: String,
+    /// Machine architecture as `uname -m` has it.
+    pub arch: String,
+    /// Mean sampling gap.
+    pub sample_interval_bytes: u64,
+    /// Where the probes are.
+    pub probe: ProbeInfo,
+    /// One entry a process image.
+    pub processes: Vec<ProcessProfile>,
+}
+
+/// The probes in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProbeInfo {
+    /// How they are attached: `perf`.
+    pub mode: String,
+    /// Every site, without repetition.
+    pub sites: Vec<ProbeSite>,
+}
+
+/// One probed address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ProbeSite {
+    /// Path of the ELF file, as the target sees it.
+    pub module: String,
+    /// The function.
+    pub function: String,
+    /// Place in the file.
+    pub file_offset: u64,
+}
+
+/// The profile of one process image.
+#[derive(Clone, Debug)]
+pub struct ProcessProfile {
+    /// Process id.
+    pub pid: u32,
+    /// Name of its main thread.
+    pub comm: String,
+    /// Path of its program.
+    pub exe: String,
+    /// When it was started.
+    pub start_time: SystemTime,
+    /// It has ended, or replaced its program.
+    pub exited: bool,
+    /// What the kernel says it holds; the last reading if it has exited, none
+    /// if there was none.
+    pub memory: Option<ProcessMemory>,
+    /// What was lost, by cause; every cause is present, also with 0.
+    pub losses: BTreeMap<&'static str, u64>,
+    /// Its stacks.
+    pub stacks: Vec<StackProfile>,
+}
+
+/// One stack and its numbers.
+#[derive(Clone, Debug)]
+pub struct StackProfile {
+    /// Estimates, not yet rounded.
+    pub counters: StackCounters,
+    /// Leaf first; never empty.
+    pub frames: Vec<Arc<Frame>>,
+    /// The stack went on beyond the last frame.
+    pub truncated: bool,
+}

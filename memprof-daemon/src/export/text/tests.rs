@@ -1,0 +1,103 @@
+use super::*;
+use crate::export::testing;
+
+fn text(profile: &Profile, options: &Options) -> String {
+    let mut out = Vec::new();
+    write(profile, options, &mut out).unwrap();
+    String::from_utf8(out).unwrap()
+}
+
+/// Check the whole report of a process, word by word.
+#[test]
+fn report() {
+    let mut profile = testing::profile();
+    profile.processes.truncate(1);
+    assert_eq!(
+        text(&profile, &Options::default()),
+        include_str!("expected.txt")
+    );
+}
+
+/// Check that a report says so when nothing was sampled, and what to try.
+#[test]
+fn nothing_sampled() {
+    let mut profile = testing::empty_profile();
+    for (interval, hint) in [
+        (524_288, "-i 16KiB"),
+        (1, "Record for longer (-d)"),
+        (0, "sampling is off"),
+    ] {
+        profile.sample_interval_bytes = interval;
+        let text = text(&profile, &Options::default());
+        assert!(text.contains(hint), "{text}");
+        assert!(text.contains("leaky;app (pid 4242)"), "{text}");
+        assert!(!text.contains("Lost or late"), "{text}");
+    }
+    profile.processes.clear();
+    assert_eq!(
+        text(&profile, &Options::default()),
+        "No process was profiled.\n"
+    );
+}
+
+/// Check that every process is reported, and an exited one as such, without the
+/// memory that nobody could read.
+#[test]
+fn several_processes() {
+    let text = text(&testing::profile(), &Options::default());
+    let (_, other) = text.split_once("other (pid 4243)").unwrap();
+    assert!(
+        other.starts_with("  /opt/other/app  has exited\n"),
+        "{other}"
+    );
+    assert!(!other.contains("resident"), "{other}");
+}
+
+/// Check that the tables and stacks are cut where asked, and say so.
+#[test]
+fn options_cut() {
+    let options = Options {
+        top: 1,
+        max_lines: 1,
+        color: false,
+    };
+    let text = text(&testing::profile(), &options);
+    assert!(text.contains("STILL IN USE: top 1 of 3 stacks, >99.9% of 8 MiB"));
+    assert!(text.contains("... 2 more callers\n"), "{text}");
+    assert!(!text.contains("#2"), "{text}");
+}
+
+/// Check that names cannot steer the terminal, and that colours are used only
+/// when asked for.
+#[test]
+fn no_foreign_control_characters() {
+    let mut profile = testing::profile();
+    profile.processes[0].comm = "\x1b]0;owned\x07\n".to_owned();
+    let text = text(&profile, &Options::default());
+    assert!(text.starts_with("?]0;owned?? (pid 4242)"), "{text}");
+    assert!(!text.contains('\x1b'));
+
+    let options = Options {
+        color: true,
+        ..Options::default()
+    };
+    let colored = self::text(&profile, &options);
+    assert!(colored.contains("\x1b[1m"));
+    let plain = ["\x1b[1m", "\x1b[2m", "\x1b[1;33m", "\x1b[0m"]
+        .iter()
+        .fold(colored, |text, sequence| text.replace(sequence, ""));
+    assert_eq!(plain, text);
+}
+
+/// Check that durations are in the unit that one would say them in.
+#[test]
+fn durations() {
+    for (seconds, expected) in [
+        (0.25, "0.2 s"),
+        (30.04, "30.0 s"),
+        (312.0, "5 min 12 s"),
+        (10_930.0, "3 h 2 min"),
+    ] {
+        assert_eq!(duration(Duration::from_secs_f64(seconds)), expected);
+    }
+}
