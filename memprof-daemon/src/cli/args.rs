@@ -1,0 +1,200 @@
+//! Options that several subcommands share, and their units.
+
+use clap::Args;
+use memprof_common::limits::{
+    DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
+    MAX_SAMPLE_INTERVAL_BYTES, MAX_STACK_DEPTH,
+};
+
+use crate::{pipeline::tracer::TracerOptions, probe::loader::Sizes};
+
+/// How to trace.
+#[derive(Clone, Debug, Args)]
+pub(super) struct TraceArgs {
+    /// Mean bytes between samples; 1 takes every allocation, 0 none
+    #[arg(
+        short = 'i',
+        long,
+        value_name = "BYTES",
+        default_value = "512KiB",
+        env = "MEMPROF_SAMPLE_INTERVAL",
+        value_parser = parse_interval
+    )]
+    sample_interval: u64,
+
+    /// Frames to keep of a stack; 1 keeps the calling function only
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = MAX_STACK_DEPTH as u32,
+        value_parser = clap::value_parser!(u32).range(1..=MAX_STACK_DEPTH as i64)
+    )]
+    stack_depth: u32,
+
+    /// Room for events on their way from BPF; a power of two, a page at least
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = Bytes(u64::from(DEFAULT_RING_BYTES)),
+        value_parser = parse_ring
+    )]
+    ring_size: Bytes,
+
+    /// Sampled blocks that can be live at once
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_LIVE_ENTRIES, value_parser = entries())]
+    live_entries: u32,
+
+    /// Distinct stacks that BPF can know at once
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_STACK_ENTRIES, value_parser = entries())]
+    stack_entries: u32,
+
+    /// Allocation calls that can be under way at once, one a thread
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_IN_FLIGHT_ENTRIES, value_parser = entries())]
+    in_flight_entries: u32,
+
+    /// Show diagnostics of the BPF side
+    #[arg(long)]
+    bpf_log: bool,
+}
+
+impl TraceArgs {
+    pub(super) fn options(&self) -> TracerOptions {
+        TracerOptions {
+            sample_interval_bytes: self.sample_interval,
+            stack_depth: self.stack_depth,
+            sizes: Sizes {
+                // `parse_ring` lets only such pass.
+                ring_bytes: u32::try_from(self.ring_size.0).unwrap_or(DEFAULT_RING_BYTES),
+                live_entries: self.live_entries,
+                stack_entries: self.stack_entries,
+                in_flight_entries: self.in_flight_entries,
+            },
+            bpf_log: self.bpf_log,
+        }
+    }
+}
+
+/// A number of bytes with its unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bytes(pub(super) u64);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            bytes if bytes >= 1 << 20 && bytes.is_multiple_of(1 << 20) => {
+                write!(f, "{}MiB", bytes >> 20)
+            }
+            bytes if bytes >= 1 << 10 && bytes.is_multiple_of(1 << 10) => {
+                write!(f, "{}KiB", bytes >> 10)
+            }
+            bytes => write!(f, "{bytes}"),
+        }
+    }
+}
+
+fn entries() -> clap::builder::RangedI64ValueParser<u32> {
+    // The kernel's limit is lower where memory is; it says so itself.
+    clap::value_parser!(u32).range(1..=1 << 30)
+}
+
+fn parse_interval(text: &str) -> Result<u64, String> {
+    let Bytes(bytes) = parse_bytes(text)?;
+    if bytes > MAX_SAMPLE_INTERVAL_BYTES {
+        return Err(format!("at most {MAX_SAMPLE_INTERVAL_BYTES} bytes"));
+    }
+    Ok(bytes)
+}
+
+fn parse_ring(text: &str) -> Result<Bytes, String> {
+    let bytes = parse_bytes(text)?;
+    if !bytes.0.is_power_of_two() || !(4096..=1 << 30).contains(&bytes.0) {
+        return Err("a power of two from 4KiB to 1GiB is needed".to_owned());
+    }
+    Ok(bytes)
+}
+
+/// A whole number and a unit: none or `B`; `K`, `KiB`, `M`, `MiB`, `G`, `GiB` in
+/// powers of 1024; `kB`, `MB`, `GB` in powers of 1000.
+pub(super) fn parse_bytes(text: &str) -> Result<Bytes, String> {
+    let text = text.trim();
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a number of bytes is needed, such as 1, 4096, 64KiB or 512KiB".to_owned())?;
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        unit => return Err(format!("`{unit}` is no unit; use B, KiB, MiB or GiB")),
+    };
+    number
+        .checked_mul(factor)
+        .map(Bytes)
+        .ok_or_else(|| "too many bytes".to_owned())
+}
+
+/// Seconds, also with a fraction; more than 0.
+pub(super) fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+    let text = text.trim();
+    let seconds: f64 = text
+        .strip_suffix('s')
+        .unwrap_or(text)
+        .parse()
+        .map_err(|_| "a number of seconds is needed, such as 10 or 0.5".to_owned())?;
+    if seconds <= 0.0 {
+        return Err("more than 0 seconds are needed".to_owned());
+    }
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check units, and that what makes no sense is refused.
+    #[test]
+    fn bytes_with_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1", 1),
+            ("512KiB", 524_288),
+            ("512 kib", 524_288),
+            ("64k", 65_536),
+            ("2MiB", 2 << 20),
+            ("1G", 1 << 30),
+            ("4kB", 4000),
+            ("7B", 7),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(Bytes(bytes)), "{text}");
+        }
+        for text in ["", "KiB", "-1", "1.5KiB", "1TiBx", "99999999999GiB", "0x10"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+        assert!(parse_interval("5GiB").is_err());
+        assert!(parse_ring("4095").is_err());
+        assert!(parse_ring("4KiB").is_ok());
+    }
+
+    /// Check that sizes print as they are read.
+    #[test]
+    fn bytes_round_trip() {
+        for bytes in [0, 1, 1023, 1024, 1536, 8 << 20] {
+            assert_eq!(parse_bytes(&Bytes(bytes).to_string()), Ok(Bytes(bytes)));
+        }
+    }
+
+    /// Check that durations must be positive and finite.
+    #[test]
+    fn seconds() {
+        assert_eq!(parse_seconds("0.5").unwrap().as_millis(), 500);
+        assert_eq!(parse_seconds("3s").unwrap().as_secs(), 3);
+        for text in ["0", "-1", "inf", "NaN", "x", ""] {
+            assert!(parse_seconds(text).is_err(), "{text}");
+        }
+    }
+}

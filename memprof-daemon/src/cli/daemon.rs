@@ -1,0 +1,131 @@
+//! `memprof daemon`.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use super::{
+    args::{TraceArgs, parse_seconds},
+    record::announce,
+    signals::Interrupts,
+    socket::{DEFAULT_SOCKET, Socket},
+};
+use crate::{
+    export::{Format, http::router},
+    pipeline::{
+        dump::{DumpOptions, dump_forever, dump_once},
+        service::Service,
+        tracer::Tracer,
+    },
+    symbolize::worker::SymbolizeHandle,
+};
+
+/// Trace processes until SIGINT or SIGTERM, and answer on a socket.
+#[derive(Debug, Args)]
+pub(super) struct DaemonArgs {
+    /// Process to trace; may be repeated
+    #[arg(
+        short = 'p',
+        long = "pid",
+        value_name = "PID",
+        num_args = 1..,
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(u32).range(1..),
+        required = true
+    )]
+    pids: Vec<u32>,
+
+    /// Unix socket to answer HTTP on, mode 0600
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// Write a profile each time so many seconds have passed, and one at the end
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, requires = "dump_dir")]
+    dump_every: Option<Duration>,
+
+    /// Directory for them; `-` for standard output
+    #[arg(long, value_name = "DIR", requires = "dump_every")]
+    dump_dir: Option<PathBuf>,
+
+    /// How many of them to keep, the newest [default: all]
+    #[arg(long, value_name = "N", requires = "dump_every", value_parser = clap::value_parser!(u32).range(1..))]
+    dump_keep: Option<u32>,
+
+    /// Their format
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        requires = "dump_every",
+        default_value = "json"
+    )]
+    dump_format: Format,
+
+    #[command(flatten)]
+    trace: TraceArgs,
+}
+
+pub(super) fn run(args: DaemonArgs) -> anyhow::Result<ExitCode> {
+    super::require_host()?;
+    super::runtime()?.block_on(serve(args))
+}
+
+async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
+    let mut interrupts = Interrupts::new().context("cannot catch signals")?;
+    let dump = match (args.dump_every, args.dump_dir) {
+        (Some(every), Some(dir)) => {
+            let options = DumpOptions {
+                every,
+                dir,
+                keep: args.dump_keep.map(|keep| keep as usize),
+                format: args.dump_format,
+            };
+            options.require_writable()?;
+            Some(options)
+        }
+        _ => None,
+    };
+    let (socket, listener) = Socket::bind(&args.socket)?;
+    let tracer = Tracer::start(args.trace.options())?;
+    for &pid in &args.pids {
+        let attached = tokio::select! {
+            attached = tracer.attach(pid) => attached,
+            _ = interrupts.next() => {
+                tracer.stop().await;
+                return Ok(ExitCode::SUCCESS);
+            }
+        };
+        match attached {
+            Ok(attached) => announce(&attached),
+            Err(error) => {
+                tracer.stop().await;
+                return Err(error.into());
+            }
+        }
+    }
+    let service = Service {
+        tracer: tracer.clone(),
+        symbolizer: SymbolizeHandle::start()?,
+    };
+    let server = tokio::spawn({
+        let router = router(service.clone());
+        async move { axum::serve(listener, router).await }
+    });
+    eprintln!("memprof: listening on {}", args.socket.display());
+    let dumper = dump
+        .clone()
+        .map(|options| tokio::spawn(dump_forever(service.clone(), options)));
+
+    interrupts.next().await;
+    if let Some(dumper) = dumper {
+        dumper.abort();
+    }
+    if let Some(options) = dump {
+        dump_once(&service, &options).await;
+    }
+    // Nobody is to connect to a daemon that is ending.
+    drop(socket);
+    server.abort();
+    tracer.stop().await;
+    Ok(ExitCode::SUCCESS)
+}

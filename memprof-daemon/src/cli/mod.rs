@@ -1,0 +1,121 @@
+//! What a user types: one file a subcommand.
+
+mod args;
+mod check;
+mod daemon;
+mod dump;
+mod output;
+mod record;
+mod signals;
+mod socket;
+
+use std::{io::IsTerminal as _, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::{pipeline::target::TargetError, probe::launch::LaunchError};
+
+/// Exit status when something went wrong; clap uses 2 for wrong usage.
+const FAILURE: u8 = 1;
+
+/// Heap profiles of unmodified, running processes, by eBPF.
+///
+/// Which call stacks allocated the memory, and which of them still hold it? No
+/// rebuild, no restart, no preload.
+#[derive(Debug, Parser)]
+#[command(name = "memprof", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Record a profile of running processes, or of a command
+    Record(record::RecordArgs),
+    /// Trace processes until stopped, and answer on a socket
+    Daemon(daemon::DaemonArgs),
+    /// Ask a running daemon for a profile
+    Dump(dump::DumpArgs),
+    /// Can this host do it? One line a requirement, and the mend
+    Check,
+}
+
+/// Parses the command line and does what it says: the one exit point.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_log();
+    let result = match cli.command {
+        Command::Record(args) => record::run(args),
+        Command::Daemon(args) => daemon::run(args),
+        Command::Dump(args) => dump::run(args),
+        Command::Check => check::run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("memprof: {error:#}");
+            ExitCode::from(exit_status(&error))
+        }
+    }
+}
+
+/// The status for an error; a shell's for commands that cannot be started.
+fn exit_status(error: &anyhow::Error) -> u8 {
+    error
+        .downcast_ref::<LaunchError<TargetError>>()
+        .map_or(FAILURE, LaunchError::exit_code)
+}
+
+/// Diagnostics go to stderr: warnings, and more by `MEMPROF_LOG=info`. A bare
+/// level is ours alone: libraries have much to say that helps nobody.
+fn init_log() {
+    let wanted = std::env::var("MEMPROF_LOG").unwrap_or_default();
+    let directives = match wanted.as_str() {
+        "" => "warn,memprof_ebpf=trace".to_owned(),
+        level if !level.contains(['=', ',']) => {
+            format!("warn,memprof={level},memprof_ebpf=trace")
+        }
+        directives => directives.to_owned(),
+    };
+    let filter = EnvFilter::try_new(directives)
+        .unwrap_or_else(|_| EnvFilter::new("warn,memprof_ebpf=trace"));
+    // Fails only if a logger is set already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .try_init();
+}
+
+/// The runtime that everything asynchronous runs in.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    use anyhow::Context as _;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("memprof-worker")
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+/// Fails with all unmet requirements of the host, if there are any.
+fn require_host() -> anyhow::Result<()> {
+    use crate::probe::requirements::{State, check_before_start};
+    let unmet: Vec<String> = check_before_start()
+        .into_iter()
+        .filter_map(|requirement| match requirement.state {
+            State::Met(_) => None,
+            State::Unmet { problem, mend } => {
+                Some(format!("{}: {problem}\n  mend: {mend}", requirement.name))
+            }
+        })
+        .collect();
+    if unmet.is_empty() {
+        return Ok(());
+    }
+    anyhow::bail!("this host cannot do it:\n{}", unmet.join("\n"))
+}

@@ -1,0 +1,124 @@
+//! From a capture of the ledger to a profile with names.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use crate::{
+    export::profile::{ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
+    ledger::StackSnapshot,
+    process::{info::ProcessInfo, mapping::MappingTable},
+    symbolize::{
+        trim::trim,
+        worker::{SymbolizeError, SymbolizeHandle},
+    },
+};
+
+/// Everything a profile is made of, at one moment, without names.
+#[derive(Debug)]
+pub struct Capture {
+    /// When.
+    pub captured_at: SystemTime,
+    /// Since the first attach.
+    pub duration: Duration,
+    /// Mean sampling gap.
+    pub sample_interval_bytes: u64,
+    /// Where the probes are.
+    pub probe: ProbeInfo,
+    /// One entry a process image.
+    pub images: Vec<ImageCapture>,
+}
+
+/// One process image in a [`Capture`].
+#[derive(Debug)]
+pub struct ImageCapture {
+    /// Who.
+    pub info: ProcessInfo,
+    /// It has ended.
+    pub exited: bool,
+    /// What the kernel says it holds.
+    pub memory: Option<ProcessMemory>,
+    /// What was lost.
+    pub losses: BTreeMap<&'static str, u64>,
+    /// Its mappings.
+    pub mappings: MappingTable,
+    /// Its counters.
+    pub stacks: Vec<StackSnapshot>,
+}
+
+impl Capture {
+    /// Sampled allocations in it.
+    #[must_use]
+    pub fn samples(&self) -> u64 {
+        self.images
+            .iter()
+            .flat_map(|image| &image.stacks)
+            .map(|stack| stack.counters.samples)
+            .sum()
+    }
+
+    /// Gives every frame its name.
+    ///
+    /// # Errors
+    ///
+    /// If the thread that names is gone.
+    pub async fn symbolize(self, symbolizer: &SymbolizeHandle) -> Result<Profile, SymbolizeError> {
+        let mut processes = Vec::with_capacity(self.images.len());
+        for mut image in self.images {
+            let trimmed = trim(image.stacks, &image.mappings);
+            image.losses.insert("broken_stacks", trimmed.broken_samples);
+            let traces = trimmed
+                .stacks
+                .iter()
+                .map(|stack| Arc::clone(&stack.trace))
+                .collect();
+            let named = symbolizer
+                .symbolize(traces, Arc::new(image.mappings))
+                .await?;
+            processes.push(ProcessProfile {
+                pid: image.info.pid,
+                comm: image.info.comm,
+                exe: image.info.exe,
+                start_time: image.info.start_time,
+                exited: image.exited,
+                memory: image.memory,
+                losses: image.losses,
+                stacks: trimmed
+                    .stacks
+                    .iter()
+                    .zip(named)
+                    .map(|(stack, frames)| StackProfile {
+                        counters: stack.counters,
+                        frames,
+                        truncated: stack.trace.truncated,
+                    })
+                    .collect(),
+            });
+        }
+        let (kernel, arch) = host();
+        Ok(Profile {
+            captured_at: self.captured_at,
+            duration: self.duration,
+            kernel,
+            arch,
+            sample_interval_bytes: self.sample_interval_bytes,
+            probe: self.probe,
+            processes,
+        })
+    }
+}
+
+/// Kernel release and machine, as `uname` has them.
+fn host() -> (String, String) {
+    nix::sys::utsname::uname().map_or_else(
+        |_| ("unknown".to_owned(), std::env::consts::ARCH.to_owned()),
+        |names| {
+            (
+                names.release().to_string_lossy().into_owned(),
+                names.machine().to_string_lossy().into_owned(),
+            )
+        },
+    )
+}

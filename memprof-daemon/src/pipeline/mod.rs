@@ -1,0 +1,18 @@
+//! Wires the stages: one task owns the ledger, threads of their own attach and
+//! symbolize, bounded channels in between.
+//!
+//! ```text
+//!  CLI, HTTP ──commands──► tracer task ──requests──► probe thread
+//!      │                    │  ring, live map, ledger, mappings
+//!      │                    └──jobs──► blocking pool: reads /proc and ELF files
+//!      └──captures──► symbolize thread
+//! ```
+
+pub mod capture;
+pub mod dump;
+mod prober;
+mod scan;
+pub mod service;
+pub mod stats;
+pub mod target;
+pub mod tracer;

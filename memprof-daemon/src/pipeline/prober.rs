@@ -1,0 +1,116 @@
+//! The thread that attaches and detaches, and the handle to it.
+
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+
+use crate::probe::attach::{AttachError, Prober, Site};
+
+enum Request {
+    Attach {
+        slot: u16,
+        pid: u32,
+        sites: Vec<Site>,
+        reply: oneshot::Sender<Result<Duration, AttachError>>,
+    },
+    Detach {
+        slot: u16,
+        reply: oneshot::Sender<Duration>,
+    },
+    DetachAll {
+        reply: oneshot::Sender<Duration>,
+    },
+}
+
+/// Talks to the thread that owns the [`Prober`]. When the last handle is gone,
+/// the thread takes every probe off and ends.
+#[derive(Clone, Debug)]
+pub(super) struct ProberHandle {
+    requests: mpsc::Sender<Request>,
+}
+
+impl ProberHandle {
+    /// Moves `prober` to a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// If the system has no thread left.
+    pub(super) fn spawn(mut prober: Prober) -> std::io::Result<Self> {
+        let (requests, inbox) = mpsc::channel::<Request>();
+        thread::Builder::new()
+            .name("memprof-probe".to_owned())
+            .spawn(move || {
+                for request in inbox {
+                    serve(&mut prober, request);
+                }
+                prober.detach_all();
+            })?;
+        Ok(Self { requests })
+    }
+
+    /// Probes all `sites` or none; how long it took.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub(super) async fn attach(
+        &self,
+        slot: u16,
+        pid: u32,
+        sites: Vec<Site>,
+    ) -> Result<Duration, AttachError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(Request::Attach {
+                slot,
+                pid,
+                sites,
+                reply,
+            })
+            .map_err(|_| AttachError::Gone)?;
+        answer.await.map_err(|_| AttachError::Gone)?
+    }
+
+    /// Takes the probes of one target off; how long it took, none if there is
+    /// no thread to do it (then the kernel has).
+    pub(super) async fn detach(&self, slot: u16) -> Option<Duration> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Detach { slot, reply }).ok()?;
+        answer.await.ok()
+    }
+
+    /// Takes every probe off.
+    pub(super) async fn detach_all(&self) -> Option<Duration> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::DetachAll { reply }).ok()?;
+        answer.await.ok()
+    }
+}
+
+fn serve(prober: &mut Prober, request: Request) {
+    let start = Instant::now();
+    // Whoever asked may have stopped waiting; the work is done all the same.
+    match request {
+        Request::Attach {
+            slot,
+            pid,
+            sites,
+            reply,
+        } => {
+            let result = prober.attach(slot, pid, &sites);
+            let _ = reply.send(result.map(|()| start.elapsed()));
+        }
+        Request::Detach { slot, reply } => {
+            prober.detach(slot);
+            let _ = reply.send(start.elapsed());
+        }
+        Request::DetachAll { reply } => {
+            prober.detach_all();
+            let _ = reply.send(start.elapsed());
+        }
+    }
+}

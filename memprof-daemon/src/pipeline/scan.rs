@@ -1,0 +1,112 @@
+//! What must be read of a process before it can be traced. Blocks; runs in jobs.
+
+use std::sync::Arc;
+
+use super::target::TargetError;
+use crate::{
+    address::AbsAddr,
+    probe::find::{AllocatorModule, Finder},
+    process::{
+        exit::ExitWatch,
+        files::FileStore,
+        info::{ProcessInfo, check_machine},
+        mapping::{MappedFile, Mapping, MappingTable},
+        maps::{MapsEntry, mapping_of, read_mappings},
+    },
+    ring::mmap_events::MmapEvent,
+};
+
+/// Opens and reads files for all targets, each once.
+#[derive(Debug, Default)]
+pub(super) struct Scanner {
+    files: FileStore,
+    finder: Finder,
+}
+
+/// A process as it was read.
+#[derive(Debug)]
+pub(super) struct Scan {
+    pub(super) info: ProcessInfo,
+    pub(super) mappings: MappingTable,
+    pub(super) modules: Vec<AllocatorModule>,
+    pub(super) exit: ExitWatch,
+}
+
+impl Scanner {
+    /// Reads a process that is to be traced.
+    ///
+    /// # Errors
+    ///
+    /// [`TargetError`]: it is gone, cannot be traced, or has no allocator.
+    pub(super) fn scan(&self, pid: u32) -> Result<Scan, TargetError> {
+        let scan = self.read(pid, |mappings| Ok(self.finder.find_all(pid, mappings)?))?;
+        // Alive after all was read: so all of it is this process's. Unable to
+        // tell is as good as alive; attaching will tell.
+        if !scan.exit.is_alive().unwrap_or(true) {
+            return Err(TargetError::Exited(pid));
+        }
+        Ok(scan)
+    }
+
+    /// Reads a process that is traced; it may have no allocator (yet), and may
+    /// have ended: the caller compares the start time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::scan`].
+    pub(super) fn rescan(&self, pid: u32) -> Result<Scan, TargetError> {
+        self.read(pid, |mappings| {
+            Ok(mappings
+                .files()
+                .iter()
+                .flat_map(|file| self.allocators_in(file))
+                .collect())
+        })
+    }
+
+    fn read(
+        &self,
+        pid: u32,
+        find: impl FnOnce(&MappingTable) -> Result<Vec<AllocatorModule>, TargetError>,
+    ) -> Result<Scan, TargetError> {
+        // The watch first: from then on the pid cannot become another's
+        // without the watch noticing.
+        let exit = ExitWatch::open(pid)?;
+        let info = ProcessInfo::read(pid)?;
+        check_machine(pid)?;
+        let mappings = read_mappings(pid, &self.files)?;
+        let modules = find(&mappings)?;
+        Ok(Scan {
+            info,
+            mappings,
+            modules,
+            exit,
+        })
+    }
+
+    /// Who a process is now; none if it is gone.
+    pub(super) fn info(pid: u32) -> Option<ProcessInfo> {
+        ProcessInfo::read(pid).ok()
+    }
+
+    /// The mapping that a record tells of.
+    pub(super) fn mapping_of(&self, event: &MmapEvent) -> Mapping {
+        let entry = MapsEntry {
+            start: event.start,
+            end: AbsAddr(event.start.0.saturating_add(event.len)),
+            executable: true,
+            file_offset: event.file_offset,
+            device_major: event.device_major,
+            device_minor: event.device_minor,
+            inode: event.inode,
+            path: event.path.clone(),
+            deleted: false,
+        };
+        mapping_of(event.pid, &entry, &self.files)
+    }
+
+    /// The allocator that a file defines, if it does.
+    pub(super) fn allocators_in(&self, file: &Arc<MappedFile>) -> Vec<AllocatorModule> {
+        self.finder.find(file).into_iter().collect()
+    }
+}

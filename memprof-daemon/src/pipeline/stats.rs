@@ -1,0 +1,118 @@
+//! What the tracer tells about itself: the body of `GET /v1/stats`.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::ledger::EventTally;
+
+/// The tracer at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    /// Version of memprof.
+    pub version: &'static str,
+    /// Seconds since the start.
+    pub uptime_s: f64,
+    /// How probes are attached.
+    pub probe_mode: &'static str,
+    /// Mean sampling gap.
+    pub sample_interval_bytes: u64,
+    /// Distinct stacks known.
+    pub known_stacks: usize,
+    /// Sweeps of the live map, after events were lost.
+    pub sweeps: u64,
+    /// Sweeps that could not read the map.
+    pub failed_sweeps: u64,
+    /// Records of the ring that could not be decoded.
+    pub undecodable_events: u64,
+    /// Records about mappings that the kernel had no room for.
+    pub lost_mapping_events: u64,
+    /// Stacks that BPF named and did not hold any more.
+    pub missing_stacks: u64,
+    /// One entry a target.
+    pub processes: Vec<ProcessStats>,
+}
+
+/// One target in `GET /v1/processes`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProcessSummary {
+    /// Process id.
+    pub pid: u32,
+    /// Name of its main thread.
+    pub comm: String,
+    /// Path of its program.
+    pub exe: String,
+    /// `scanning`, `attaching`, `tracing` or `ended`.
+    pub state: &'static str,
+    /// Files with probed functions.
+    pub modules: Vec<String>,
+}
+
+/// One target.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProcessStats {
+    /// Process id.
+    pub pid: u32,
+    /// Name of its main thread.
+    pub comm: String,
+    /// `scanning`, `attaching`, `tracing` or `ended`.
+    pub state: &'static str,
+    /// Sites probed.
+    pub sites: usize,
+    /// Milliseconds that attaching took the kernel.
+    pub attach_ms: f64,
+    /// Milliseconds that detaching took the kernel, once it has happened.
+    pub detach_ms: Option<f64>,
+    /// One entry a program image.
+    pub images: Vec<ImageStats>,
+}
+
+/// One program image: `alloc_events = live + free_events + purged`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ImageStats {
+    /// How many `execve`s came before it.
+    pub epoch: u32,
+    /// Allocations booked.
+    pub alloc_events: u64,
+    /// Frees booked.
+    pub free_events: u64,
+    /// Sampled blocks live.
+    pub live: u64,
+    /// Live blocks that vanished with the process.
+    pub purged: u64,
+    /// Frees of blocks that were not in the books.
+    pub unmatched_frees: u64,
+    /// Frees found out since the address was allocated again.
+    pub replaced_allocations: u64,
+    /// Allocations found in the live map, not in the ring.
+    pub recovered_allocations: u64,
+    /// Frees found missing in the live map.
+    pub swept_frees: u64,
+    /// Frees taken back since a `realloc` failed.
+    pub restored_allocations: u64,
+    /// Losses by cause.
+    pub dropped_events: BTreeMap<&'static str, u64>,
+}
+
+impl ImageStats {
+    pub(super) const fn new(
+        epoch: u32,
+        live: u64,
+        tally: EventTally,
+        dropped_events: BTreeMap<&'static str, u64>,
+    ) -> Self {
+        Self {
+            epoch,
+            alloc_events: tally.alloc_events,
+            free_events: tally.free_events,
+            live,
+            purged: tally.purged,
+            unmatched_frees: tally.unmatched_frees,
+            replaced_allocations: tally.replaced_allocations,
+            recovered_allocations: tally.recovered_allocations,
+            swept_frees: tally.swept_frees,
+            restored_allocations: tally.restored_allocations,
+            dropped_events,
+        }
+    }
+}

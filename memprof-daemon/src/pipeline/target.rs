@@ -1,0 +1,244 @@
+//! What the pipeline knows of one traced process.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    time::{Duration, Instant},
+};
+
+use memprof_common::counters::{COUNTERS, DropReason};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use crate::{
+    export::profile::{ProbeSite, ProcessMemory},
+    ledger::EventTally,
+    probe::{attach::AttachError, find::FindError},
+    process::{
+        info::{ProcessError, ProcessInfo},
+        mapping::MappingTable,
+    },
+    ring::mmap_events::MmapEvent,
+    sample::ImageId,
+};
+
+/// Why a process could not be traced. Nothing of it stays attached.
+#[derive(Debug, Error)]
+pub enum TargetError {
+    /// It is not there, or not one that can be traced.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// No allocator was found in it.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// Its allocator could not be probed.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// It is being traced already, by this daemon.
+    #[error("process {0} is traced already")]
+    Already(u32),
+    /// The table of targets is full.
+    #[error("{0} processes are traced already, which is as many as one memprof can")]
+    TooMany(u32),
+    /// It ended before all was set up.
+    #[error("process {0} exited while probes were being attached")]
+    Exited(u32),
+    /// A BPF map could not be written.
+    #[error("cannot tell the BPF programs about process {pid}")]
+    Map {
+        /// The process.
+        pid: u32,
+        /// The kernel's answer.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+    /// The tracer has ended.
+    #[error("the tracer has ended")]
+    Stopped,
+}
+
+/// What came of attaching.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// The process.
+    pub pid: u32,
+    /// Its name.
+    pub comm: String,
+    /// How many sites are probed.
+    pub sites: usize,
+    /// Modules that they are in.
+    pub modules: Vec<String>,
+    /// How long the kernel took to attach.
+    pub attach_time: Duration,
+}
+
+/// The answer to a request to trace a process.
+pub type AttachReply = oneshot::Sender<Result<Attached, TargetError>>;
+
+/// One program image of a target.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) id: ImageId,
+    pub(super) info: ProcessInfo,
+    pub(super) mappings: MappingTable,
+    /// The last reading.
+    pub(super) memory: Option<ProcessMemory>,
+    /// Losses of the target before this image, which are not its own.
+    losses_before: [u64; COUNTERS],
+    /// Losses of the target at the end of this image, once it has ended.
+    losses_at_end: Option<[u64; COUNTERS]>,
+}
+
+impl Image {
+    pub(super) const fn new(
+        id: ImageId,
+        info: ProcessInfo,
+        mappings: MappingTable,
+        losses_before: [u64; COUNTERS],
+    ) -> Self {
+        Self {
+            id,
+            info,
+            mappings,
+            memory: None,
+            losses_before,
+            losses_at_end: None,
+        }
+    }
+
+    /// Reads what the kernel says it holds; keeps the last answer of a process
+    /// that is ending.
+    pub(super) fn refresh_memory(&mut self) {
+        if self.losses_at_end.is_none()
+            && let Ok(memory) = crate::process::info::read_memory(self.id.pid)
+        {
+            self.memory = Some(memory);
+        }
+    }
+
+    pub(super) const fn end(&mut self, losses: [u64; COUNTERS]) {
+        self.losses_at_end = Some(losses);
+    }
+
+    pub(super) const fn ended(&self) -> bool {
+        self.losses_at_end.is_some()
+    }
+
+    /// What was lost of this image, by cause, given the target's counters now.
+    pub(super) fn losses(
+        &self,
+        now: [u64; COUNTERS],
+        tally: &EventTally,
+    ) -> BTreeMap<&'static str, u64> {
+        let upper = self.losses_at_end.unwrap_or(now);
+        let counted = upper
+            .iter()
+            .zip(&self.losses_before)
+            .map(|(upper, before)| upper.saturating_sub(*before));
+        let mut losses: BTreeMap<&'static str, u64> = DropReason::ALL
+            .iter()
+            .map(|reason| reason.name())
+            .zip(counted)
+            .collect();
+        if let Some(unreported) = losses.get_mut(DropReason::AllocUnreported.name()) {
+            *unreported = unreported.saturating_sub(tally.recovered_unreported);
+        }
+        losses.insert("recovered_allocations", tally.recovered_allocations);
+        losses.insert("swept_frees", tally.swept_frees);
+        losses.insert("unmatched_frees", tally.unmatched_frees);
+        losses.insert("replaced_allocations", tally.replaced_allocations);
+        losses
+    }
+}
+
+/// Where a target is in its life.
+#[derive(Debug)]
+pub(super) enum State {
+    /// Its mappings are being read and its allocators sought.
+    Scanning,
+    /// Its first probes are being attached.
+    Attaching,
+    /// Traced.
+    Tracing,
+    /// Gone.
+    Ended,
+}
+
+impl State {
+    pub(super) const fn name(&self) -> &'static str {
+        match self {
+            Self::Scanning => "scanning",
+            Self::Attaching => "attaching",
+            Self::Tracing => "tracing",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// A traced process.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) slot: u16,
+    pub(super) state: State,
+    /// Who waits to hear that it is traced.
+    pub(super) reply: Option<AttachReply>,
+    /// In the order of their epochs; the last is the present one. Empty until
+    /// scanned.
+    pub(super) images: Vec<Image>,
+    /// Places that are probed, by (device, inode, file offset): a place is
+    /// probed once however many names or mappings it has.
+    pub(super) probed: HashSet<(u64, u64, u64)>,
+    /// Records about mappings that came before the scan did.
+    pub(super) pending_mappings: Vec<MmapEvent>,
+    /// Files of the present image that were looked through for allocators.
+    pub(super) seen_files: HashSet<(u64, u64)>,
+    /// Files that define `malloc`.
+    pub(super) malloc_files: HashSet<(u64, u64)>,
+    /// The same places as they are shown.
+    pub(super) sites: BTreeSet<ProbeSite>,
+    /// Modules among them.
+    pub(super) modules: BTreeSet<String>,
+    /// Number of the next site.
+    pub(super) next_site: u16,
+    /// Jobs under way for it.
+    pub(super) jobs: usize,
+    /// It has exited while jobs were under way.
+    pub(super) exit_seen: bool,
+    pub(super) since: Instant,
+    pub(super) attach_time: Duration,
+    pub(super) detach_time: Option<Duration>,
+    /// Losses when it was last swept for.
+    pub(super) swept_losses: [u64; COUNTERS],
+}
+
+impl Target {
+    pub(super) fn new(slot: u16, reply: AttachReply) -> Self {
+        Self {
+            slot,
+            state: State::Scanning,
+            reply: Some(reply),
+            images: Vec::new(),
+            probed: HashSet::new(),
+            pending_mappings: Vec::new(),
+            seen_files: HashSet::new(),
+            malloc_files: HashSet::new(),
+            sites: BTreeSet::new(),
+            modules: BTreeSet::new(),
+            next_site: 0,
+            jobs: 0,
+            exit_seen: false,
+            since: Instant::now(),
+            attach_time: Duration::ZERO,
+            detach_time: None,
+            swept_losses: [0; COUNTERS],
+        }
+    }
+
+    pub(super) fn current(&mut self) -> Option<&mut Image> {
+        self.images.last_mut()
+    }
+
+    /// Whether it is alive and traced.
+    pub(super) const fn is_live(&self) -> bool {
+        !matches!(self.state, State::Ended)
+    }
+}

@@ -1,0 +1,271 @@
+//! Taking a process on: scan, tell BPF, attach.
+
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+use memprof_common::{config::TargetConfig, function::Function, limits::MAX_TARGETS};
+use tracing::{info, warn};
+
+use super::{Command, Tracer};
+use crate::{
+    export::profile::ProbeSite,
+    pipeline::{
+        scan::Scan,
+        target::{AttachReply, Attached, Image, State, Target, TargetError},
+    },
+    probe::{
+        attach::{AttachError, Site},
+        find::AllocatorModule,
+    },
+    sample::ImageId,
+};
+
+/// Allocators found in a file that a target mapped while it was traced.
+pub(in crate::pipeline) struct Found {
+    pub(in crate::pipeline) pid: u32,
+    pub(in crate::pipeline) modules: Vec<AllocatorModule>,
+}
+
+/// Sites that are attached together.
+pub(in crate::pipeline) struct SiteBatch {
+    places: Vec<(u64, u64, u64)>,
+    shown: Vec<ProbeSite>,
+}
+
+impl Tracer {
+    pub(super) fn begin_attach(&mut self, pid: u32, reply: AttachReply) {
+        if self.targets.contains_key(&pid) {
+            let _ = reply.send(Err(TargetError::Already(pid)));
+            return;
+        }
+        if u32::from(self.next_slot) >= MAX_TARGETS {
+            let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
+            return;
+        }
+        // Records about this pid from now on are kept for it.
+        self.drain_mmap_events();
+        let mut target = Target::new(self.next_slot, reply);
+        target.jobs = 1;
+        self.next_slot += 1;
+        self.targets.insert(pid, target);
+        self.publish_live();
+        let scanner = self.scanner.clone();
+        self.spawn_job(move || Command::Scanned {
+            pid,
+            result: scanner.scan(pid).map(Box::new),
+        });
+    }
+
+    pub(super) fn scanned(&mut self, pid: u32, result: Result<Box<Scan>, TargetError>) {
+        let scan = match result {
+            Ok(scan) => *scan,
+            Err(error) => return self.give_up(pid, error),
+        };
+        self.drain_mmap_events();
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.jobs = target.jobs.saturating_sub(1);
+        let image = ImageId { pid, epoch: 0 };
+        let pending = std::mem::take(&mut target.pending_mappings);
+        target
+            .images
+            .push(Image::new(image, scan.info, scan.mappings, [0; _]));
+        for event in pending {
+            self.map_file(&event);
+        }
+        self.refresh_memory();
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            while let Err(error) = scan.exit.exited().await {
+                // Out of descriptors: look again, as long as it takes.
+                warn!(pid, %error, "cannot watch for the exit");
+                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            }
+            if let Some(sender) = myself.upgrade() {
+                // The tracer may have ended first.
+                let _ = sender.send(Command::Exited { pid }).await;
+            }
+        });
+        if let Some(target) = self.targets.get_mut(&pid) {
+            target.state = State::Attaching;
+        }
+        self.attach_modules(pid, &scan.modules);
+    }
+
+    /// Probes what is not probed yet of `modules`.
+    fn attach_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        let slot = target.slot;
+        let mut sites = Vec::new();
+        let mut batch = SiteBatch {
+            places: Vec::new(),
+            shown: Vec::new(),
+        };
+        for module in modules {
+            let file = &module.file;
+            for found in &module.sites {
+                let place = (file.device, file.inode, found.file_offset.0);
+                if !target.probed.insert(place) {
+                    continue;
+                }
+                if found.function == Function::Malloc {
+                    target.malloc_files.insert((file.device, file.inode));
+                }
+                let number = target.next_site;
+                target.next_site = target.next_site.wrapping_add(1);
+                let path: PathBuf = module.attach_path.clone();
+                sites.push(Site {
+                    path,
+                    file_offset: found.file_offset,
+                    function: found.function,
+                    number,
+                });
+                batch.places.push(place);
+                batch.shown.push(ProbeSite {
+                    module: file.path.to_string_lossy().into_owned(),
+                    function: found.function.symbol().to_owned(),
+                    file_offset: found.file_offset.0,
+                });
+            }
+        }
+        if let Err(error) = self.tell_bpf(pid) {
+            return self.give_up(pid, error);
+        }
+        let first = matches!(
+            self.targets.get(&pid).map(|target| &target.state),
+            Some(State::Attaching)
+        );
+        if sites.is_empty() && !first {
+            return;
+        }
+        if let Some(target) = self.targets.get_mut(&pid) {
+            target.jobs += 1;
+        }
+        let prober = self.prober.clone();
+        let myself = self.myself.clone();
+        // What keeps the files open must outlive the attaching.
+        let keep = modules.to_vec();
+        tokio::spawn(async move {
+            let result = prober.attach(slot, pid, sites).await;
+            drop(keep);
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender
+                    .send(Command::AttachDone { pid, batch, result })
+                    .await;
+            }
+        });
+    }
+
+    /// Fills the target's slot, before the first probe of it can be hit.
+    fn tell_bpf(&mut self, pid: u32) -> Result<(), TargetError> {
+        let Some(target) = self.targets.get(&pid) else {
+            return Ok(());
+        };
+        let config = TargetConfig {
+            pid,
+            stack_depth: self.options.stack_depth,
+            sample_interval_bytes: self.options.sample_interval_bytes,
+            stack_seed: self.stack_seed,
+            malloc_nests: u32::from(target.malloc_files.len() > 1),
+            reserved: 0,
+        };
+        let slot = u32::from(target.slot);
+        self.target_map
+            .set(slot, config, 0)
+            .and_then(|()| self.slot_map.insert(pid, slot, 0))
+            .map_err(|source| TargetError::Map {
+                pid,
+                source: Box::new(source),
+            })
+    }
+
+    pub(super) fn attach_done(
+        &mut self,
+        pid: u32,
+        batch: SiteBatch,
+        result: Result<Duration, AttachError>,
+    ) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.jobs = target.jobs.saturating_sub(1);
+        let first = matches!(target.state, State::Attaching);
+        match result {
+            Ok(time) => {
+                target.attach_time += time;
+                target
+                    .modules
+                    .extend(batch.shown.iter().map(|site| site.module.clone()));
+                target.sites.extend(batch.shown);
+            }
+            Err(_) if target.exit_seen && first => {
+                return self.give_up(pid, TargetError::Exited(pid));
+            }
+            Err(error) if first => return self.give_up(pid, error.into()),
+            Err(error) => {
+                warn!(pid, %error, "cannot probe an allocator that was mapped later");
+                for place in batch.places {
+                    target.probed.remove(&place);
+                }
+            }
+        }
+        if target.exit_seen {
+            if first {
+                return self.give_up(pid, TargetError::Exited(pid));
+            }
+            return self.end_target(pid);
+        }
+        if first {
+            target.state = State::Tracing;
+            let comm = target
+                .images
+                .last()
+                .map(|image| image.info.comm.clone())
+                .unwrap_or_default();
+            info!(pid, comm, sites = target.sites.len(), "tracing");
+            let attached = Attached {
+                pid,
+                comm,
+                sites: target.sites.len(),
+                modules: target.modules.iter().cloned().collect(),
+                attach_time: target.attach_time,
+            };
+            if let Some(reply) = target.reply.take() {
+                let _ = reply.send(Ok(attached));
+            }
+        }
+    }
+
+    /// Forgets a process that could not be traced, and tells who asked for it.
+    fn give_up(&mut self, pid: u32, error: TargetError) {
+        let Some(mut target) = self.targets.remove(&pid) else {
+            return;
+        };
+        // It may have been told to BPF, or not.
+        let _ = self.slot_map.remove(&pid);
+        let prober = self.prober.clone();
+        let slot = target.slot;
+        let reply = target.reply.take();
+        self.publish_live();
+        tokio::spawn(async move {
+            // The answer comes when nothing is attached any more.
+            prober.detach(slot).await;
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(error));
+            }
+        });
+    }
+
+    pub(super) fn found(&mut self, found: Found) {
+        if let Some(target) = self.targets.get_mut(&found.pid) {
+            target.jobs = target.jobs.saturating_sub(1);
+            if target.is_live() && !target.exit_seen {
+                let modules: BTreeSet<_> = found.modules.iter().map(|m| &m.file.path).collect();
+                info!(pid = found.pid, ?modules, "an allocator was mapped");
+                self.attach_modules(found.pid, &found.modules);
+            }
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Samples into the books, and the books to the truth.
+
+use std::collections::HashMap;
+
+use memprof_common::{
+    counters::DropReason,
+    stack::{StackKey, StackRecord},
+};
+use tracing::{debug, warn};
+
+use super::Tracer;
+use crate::{
+    address::{AbsAddr, FrameAddress},
+    decode::{alloc_key, alloc_sample, decode, is_unsent},
+    ledger::StackTrace,
+    sample::{AllocKey, ImageId, Sample},
+};
+
+/// Losses after which the books differ from the live map.
+const REPAIRED_BY_SWEEP: [DropReason; 3] = [
+    DropReason::AllocRingFull,
+    DropReason::AllocUnreported,
+    DropReason::FreeRingFull,
+];
+
+/// Sweeps in a row, at most. Two are enough once the targets are quiet.
+const MAX_SWEEPS: u32 = 4;
+
+impl Tracer {
+    pub(super) fn apply(&mut self, sample: &Sample) {
+        match sample {
+            Sample::Alloc(alloc) => {
+                self.meet_image(alloc.key.image, None);
+                self.learn_stack(alloc.stack);
+                self.ledger.alloc(alloc);
+            }
+            Sample::Free(free) => {
+                self.meet_image(free.key.image, None);
+                self.ledger.free(free);
+            }
+            Sample::Exec { image, comm } => self.meet_image(*image, Some(comm)),
+        }
+    }
+
+    /// Everything that is in the ring now into the books; whether there were
+    /// allocations among it.
+    pub(super) fn drain_ring(&mut self) -> bool {
+        let mut samples = Vec::new();
+        let mut undecodable = 0;
+        self.ring.drain_present(|record| match decode(record) {
+            Ok(sample) => samples.push(sample),
+            Err(_) => undecodable += 1,
+        });
+        self.undecodable_events += undecodable;
+        for sample in &samples {
+            self.apply(sample);
+        }
+        samples
+            .iter()
+            .any(|sample| matches!(sample, Sample::Alloc(_)))
+    }
+
+    /// Copies a stack's frames from BPF when its name is first met.
+    fn learn_stack(&mut self, stack: StackKey) {
+        if self.ledger.knows_stack(stack) {
+            return;
+        }
+        match self.stack_map.get(&stack, 0) {
+            Ok(record) => {
+                self.ledger.add_stack(stack, trace(&record));
+                self.learnt.push(stack);
+                self.make_room_for_stacks();
+            }
+            Err(error) => {
+                // BPF puts a stack into the map before it names it, and only
+                // known ones are removed: not to be expected.
+                self.missing_stacks += 1;
+                debug!(%error, "a stack is not in the BPF map");
+                self.ledger.add_stack(stack, StackTrace::default());
+            }
+        }
+    }
+
+    /// Once the BPF map is three quarters full of stacks that the ledger has,
+    /// they make room. BPF puts one back when it is captured again, under the
+    /// same name, since the name is a hash of the frames.
+    fn make_room_for_stacks(&mut self) {
+        let limit = self.options.sizes.stack_entries as usize / 4 * 3;
+        if self.learnt.len() < limit.max(1) {
+            return;
+        }
+        for stack in self.learnt.drain(..) {
+            if let Err(error) = self.stack_map.remove(&stack) {
+                debug!(%error, "cannot remove a stack from the BPF map");
+            }
+        }
+    }
+
+    /// Sweeps until the books agree with the live map, or as often as makes
+    /// sense while the targets go on.
+    pub(super) fn settle(&mut self) {
+        for _ in 0..MAX_SWEEPS {
+            if !self.sweep_if_lossy() {
+                return;
+            }
+        }
+    }
+
+    /// Sweeps if events were lost since the last sweep, or if that asked for
+    /// another; whether it did.
+    pub(super) fn sweep_if_lossy(&mut self) -> bool {
+        let mut needed = std::mem::take(&mut self.sweep_again);
+        let losses: Vec<_> = self
+            .targets
+            .iter()
+            .filter(|(_, target)| target.is_live())
+            .map(|(&pid, target)| (pid, self.losses(target.slot)))
+            .collect();
+        for (pid, losses) in losses {
+            if let Some(target) = self.targets.get_mut(&pid) {
+                needed |= REPAIRED_BY_SWEEP.iter().any(|&reason| {
+                    losses.get(reason as usize) != target.swept_losses.get(reason as usize)
+                });
+                target.swept_losses = losses;
+            }
+        }
+        if needed {
+            self.sweep();
+        }
+        needed
+    }
+
+    /// Brings the books to the state of the live map; the order of the steps is
+    /// [`crate::ledger::Ledger::begin_sweep`]'s.
+    fn sweep(&mut self) {
+        self.drain_ring();
+        self.ledger.begin_sweep();
+        let entries = match self.live_map.read_all() {
+            Ok(entries) => entries,
+            Err(error) => {
+                self.failed_sweeps += 1;
+                self.sweep_again = true;
+                warn!(%error, "cannot read the live map: in-use may be off until the next sweep");
+                return;
+            }
+        };
+        for (key, value) in entries.iter().filter(|(_, value)| is_unsent(value)) {
+            if let Ok(sample) = alloc_sample(key, value) {
+                self.meet_image(sample.key.image, None);
+                self.learn_stack(sample.stack);
+                self.ledger.recover(&sample);
+            }
+        }
+        self.sweep_again = self.drain_ring();
+        let in_map: HashMap<AllocKey, u64> = entries
+            .iter()
+            .map(|(key, value)| (alloc_key(key), value.timestamp_ns))
+            .collect();
+        let frees = self
+            .ledger
+            .finish_sweep(|key, timestamp_ns| in_map.get(key) == Some(&timestamp_ns));
+        self.sweeps += 1;
+        debug!(live = entries.len(), frees, "swept the live map");
+    }
+
+    /// Closes an image's books and takes its blocks out of the live map.
+    pub(super) fn close_books(&mut self, image: ImageId) {
+        self.ledger.close(image);
+        match self.live_map.read_all() {
+            Ok(entries) => {
+                for (key, _) in entries {
+                    if key.pid == image.pid && key.epoch <= image.epoch {
+                        self.live_map.remove(&key);
+                    }
+                }
+            }
+            Err(error) => {
+                warn!(%error, pid = image.pid, "cannot clear the live map of an ended process");
+            }
+        }
+    }
+}
+
+fn trace(record: &StackRecord) -> StackTrace {
+    StackTrace {
+        frames: record
+            .frames
+            .iter()
+            .take(record.depth as usize)
+            .map(|&address| FrameAddress(AbsAddr(address)))
+            .collect(),
+        truncated: record.truncated != 0,
+    }
+}

@@ -1,0 +1,246 @@
+//! Targets after they are traced: new mappings, exec, exit.
+
+use tracing::{debug, info, warn};
+
+use super::{Command, Tracer, attaching::Found};
+use crate::{
+    pipeline::{
+        scan::{Scan, Scanner},
+        target::{Image, State, TargetError},
+    },
+    process::{info::ProcessInfo, mapping::MappingTable},
+    ring::mmap_events::MmapEvent,
+    sample::ImageId,
+};
+
+impl Tracer {
+    /// Takes notice of what was mapped since the last time.
+    pub(super) fn drain_mmap_events(&mut self) {
+        let mut events: Vec<MmapEvent> = Vec::new();
+        let targets = &self.targets;
+        self.mmap_events.drain(|event| {
+            if targets.contains_key(&event.pid) {
+                events.push(event);
+            }
+        });
+        // Each CPU has a buffer of its own; the newest mapping of an address wins.
+        events.sort_by_key(|event| event.timestamp_ns);
+        for event in events {
+            match self.targets.get_mut(&event.pid) {
+                Some(target) if target.images.is_empty() => target.pending_mappings.push(event),
+                Some(_) => self.map_file(&event),
+                None => {}
+            }
+        }
+        let lost = self.mmap_events.lost();
+        if lost != self.mmap_lost_seen {
+            self.mmap_lost_seen = lost;
+            self.rescan_all();
+        }
+    }
+
+    /// Adds a mapping to its process, and looks for an allocator in the file.
+    pub(super) fn map_file(&mut self, event: &MmapEvent) {
+        let pid = event.pid;
+        let mapping = self.scanner.mapping_of(event);
+        let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) else {
+            return;
+        };
+        let file = mapping.file.clone();
+        if let Some(image) = target.images.last_mut() {
+            image.mappings.insert(mapping);
+        }
+        let Some(file) = file else {
+            return;
+        };
+        // Mapped before, or being looked at: a file has several mappings.
+        if !target.seen_files.insert((file.device, file.inode)) {
+            return;
+        }
+        target.jobs += 1;
+        let scanner = self.scanner.clone();
+        self.spawn_job(move || {
+            Command::Found(Found {
+                pid,
+                modules: scanner.allocators_in(&file),
+            })
+        });
+    }
+
+    /// Reads the mappings of every target again, since records were lost.
+    fn rescan_all(&mut self) {
+        let images: Vec<ImageId> = self
+            .targets
+            .values_mut()
+            .filter(|target| target.is_live())
+            .filter_map(|target| {
+                let image = target.current()?.id;
+                target.jobs += 1;
+                Some(image)
+            })
+            .collect();
+        for image in images {
+            self.spawn_rescan(image);
+        }
+    }
+
+    fn spawn_rescan(&self, image: ImageId) {
+        let scanner = self.scanner.clone();
+        self.spawn_job(move || Command::Rescanned {
+            image,
+            result: scanner.rescan(image.pid).map(Box::new),
+        });
+    }
+
+    /// A rescan has come back.
+    pub(super) fn rescanned(&mut self, image: ImageId, result: Result<Box<Scan>, TargetError>) {
+        let Some(target) = self.targets.get_mut(&image.pid) else {
+            return;
+        };
+        target.jobs = target.jobs.saturating_sub(1);
+        let scan = match result {
+            Ok(scan) => *scan,
+            // It is gone, or going; what was known of it stays.
+            Err(error) => {
+                debug!(pid = image.pid, %error, "cannot scan again");
+                return;
+            }
+        };
+        // The books may be closed by now; who it was is known all the same. The
+        // pid may even be another process's by now: then so is the start time.
+        if let Some(current) = target.current()
+            && current.id == image
+            && current.info.start_ticks == scan.info.start_ticks
+        {
+            current.info = scan.info;
+            for mapping in scan.mappings.iter() {
+                current.mappings.insert(mapping.as_ref().clone());
+            }
+        }
+        self.found_late(image.pid, scan.modules);
+    }
+
+    fn found_late(&mut self, pid: u32, modules: Vec<crate::probe::find::AllocatorModule>) {
+        if let Some(target) = self.targets.get_mut(&pid) {
+            // `found` takes one off.
+            target.jobs += 1;
+        }
+        self.found(Found { pid, modules });
+    }
+
+    /// A sample of an image: if it is a newer one than known, the process has
+    /// replaced its program. The exec event says so, and if that was lost the
+    /// first sample does.
+    pub(super) fn meet_image(&mut self, image: ImageId, comm: Option<&str>) {
+        let Some(target) = self.targets.get_mut(&image.pid) else {
+            return;
+        };
+        let slot = target.slot;
+        let Some(current) = target.images.last() else {
+            return;
+        };
+        if image.epoch <= current.id.epoch {
+            return;
+        }
+        let old = current.id;
+        let before = &current.info;
+        // At once, not in the job: a short-lived program may be gone by then.
+        let info = Scanner::info(image.pid)
+            .filter(|now| now.start_ticks == before.start_ticks)
+            .unwrap_or_else(|| ProcessInfo {
+                comm: comm.unwrap_or(&before.comm).to_owned(),
+                exe: String::new(),
+                ..before.clone()
+            });
+        // The records about the new program's mappings may have been taken for
+        // the old one's: start from those. New ones win where they overlap.
+        let mappings: MappingTable = current.mappings.clone();
+        info!(
+            pid = image.pid,
+            epoch = image.epoch,
+            "the process has replaced its program"
+        );
+        let losses = self.losses(slot);
+        let Some(target) = self.targets.get_mut(&image.pid) else {
+            return;
+        };
+        if let Some(current) = target.images.last_mut() {
+            current.end(losses);
+        }
+        target
+            .images
+            .push(Image::new(image, info, mappings, losses));
+        target.seen_files.clear();
+        target.jobs += 1;
+        self.replaced.push(old);
+        self.spawn_rescan(image);
+    }
+
+    /// Closes the books of replaced images. Not where the replacement is
+    /// noticed: that may be in the middle of a sweep.
+    pub(super) fn close_replaced(&mut self) {
+        for image in std::mem::take(&mut self.replaced) {
+            self.settle();
+            self.close_books(image);
+        }
+    }
+
+    pub(super) fn exited(&mut self, pid: u32) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.exit_seen = true;
+        match target.state {
+            // The job under way comes back and finds `exit_seen`.
+            State::Scanning | State::Attaching | State::Ended => {}
+            State::Tracing => self.end_target(pid),
+        }
+    }
+
+    /// The last act for a process that is gone.
+    pub(super) fn end_target(&mut self, pid: u32) {
+        self.drain_mmap_events();
+        // All of its events are in the ring by now.
+        self.drain_ring();
+        self.close_replaced();
+        self.settle();
+        let Some(target) = self.targets.get(&pid) else {
+            return;
+        };
+        let slot = target.slot;
+        let losses = self.losses(slot);
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.state = State::Ended;
+        let Some(image) = target.images.last_mut() else {
+            return;
+        };
+        image.end(losses);
+        let image = image.id;
+        self.close_books(image);
+        if let Err(error) = self.slot_map.remove(&pid) {
+            warn!(pid, %error, "cannot forget the slot of an ended process");
+        }
+        info!(pid, "the process has exited");
+        let prober = self.prober.clone();
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let time = prober.detach(slot).await;
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::Detached { pid, time }).await;
+            }
+        });
+        self.publish_live();
+    }
+
+    /// Tells how many targets are left.
+    pub(super) fn publish_live(&self) {
+        let live = self
+            .targets
+            .values()
+            .filter(|target| target.is_live())
+            .count();
+        self.live.send_replace(live);
+    }
+}
