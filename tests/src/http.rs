@@ -1,0 +1,139 @@
+//! The least of HTTP/1.1 over a Unix socket.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+/// An answer.
+#[derive(Clone, Debug)]
+pub struct Response {
+    /// Status code.
+    pub status: u16,
+    /// Header lines, names in lower case.
+    pub headers: Vec<(String, String)>,
+    /// Body, without the transfer's encoding.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// A header's value.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut headers = self.headers.iter();
+        headers.find_map(|(key, value)| (key == name).then_some(value.as_str()))
+    }
+
+    /// The body as JSON.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| {
+            panic!("no JSON: {error}: {}", String::from_utf8_lossy(&self.body));
+        })
+    }
+}
+
+/// Asks for `path` on `socket`.
+#[must_use]
+pub fn get(socket: impl AsRef<Path>, path: &str) -> Response {
+    request(socket.as_ref(), "GET", path)
+}
+
+/// Sends a request without a body.
+#[must_use]
+pub fn request(socket: &Path, method: &str, path: &str) -> Response {
+    let mut stream =
+        UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+    stream
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .expect("a read timeout");
+    stream
+        .set_write_timeout(Some(Duration::from_secs(30)))
+        .expect("a write timeout");
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
+    .expect("sending a request");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("reading an answer");
+    parse(&answer)
+}
+
+fn parse(answer: &[u8]) -> Response {
+    let end = find(answer, b"\r\n\r\n").expect("an end of the headers");
+    let head = std::str::from_utf8(&answer[..end]).expect("headers are text");
+    let mut lines = head.split("\r\n");
+    let status = lines
+        .next()
+        .and_then(|line| line.strip_prefix("HTTP/1.1 "))
+        .and_then(|line| line.get(..3)?.parse().ok())
+        .expect("a status line");
+    let headers = lines
+        .map(|line| {
+            let (name, value) = line.split_once(':').expect("a header line");
+            (name.to_ascii_lowercase(), value.trim().to_owned())
+        })
+        .collect();
+    let mut response = Response {
+        status,
+        headers,
+        body: Vec::new(),
+    };
+    let body = &answer[end + 4..];
+    response.body = if response.header("transfer-encoding") == Some("chunked") {
+        unchunk(body)
+    } else {
+        if let Some(length) = response.header("content-length") {
+            assert_eq!(length, body.len().to_string(), "content-length");
+        }
+        body.to_owned()
+    };
+    response
+}
+
+fn unchunk(mut body: &[u8]) -> Vec<u8> {
+    let mut whole = Vec::new();
+    loop {
+        let end = find(body, b"\r\n").expect("a chunk's length");
+        let length = std::str::from_utf8(&body[..end]).expect("a chunk's length is text");
+        let length = usize::from_str_radix(length, 16).expect("a chunk's length is hexadecimal");
+        if length == 0 {
+            return whole;
+        }
+        let chunk = &body[end + 2..];
+        whole.extend_from_slice(&chunk[..length]);
+        body = &chunk[length + 2..];
+    }
+}
+
+fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {
+    text.windows(wanted.len())
+        .position(|window| window == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    /// Check that both ways of sending a body are read.
+    #[test]
+    fn bodies() {
+        let plain = parse(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
+        assert_eq!(
+            (plain.status, plain.body.as_slice()),
+            (200, b"hi".as_slice())
+        );
+        let chunked =
+            b"HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\na\r\n, everyone\r\n0\r\n\r\n";
+        let chunked = parse(chunked);
+        assert_eq!(
+            (chunked.status, chunked.body.as_slice()),
+            (404, b"hi, everyone".as_slice())
+        );
+    }
+}

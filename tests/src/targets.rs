@@ -1,0 +1,135 @@
+//! Builds the programs in `targets/`.
+//!
+//! A built program is named after a hash of everything it was built from, and
+//! moved into its place when it is complete: tests, and test processes, can build
+//! at the same time and never see half a program or yesterday's.
+
+use std::{
+    collections::hash_map::DefaultHasher,
+    fs,
+    hash::{Hash as _, Hasher as _},
+    path::{Path, PathBuf},
+    process::{self, Command},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use crate::memprof::profile_dir;
+
+const C_FLAGS: &[&str] = &[
+    "-g",
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-fno-optimize-sibling-calls",
+    "-pthread",
+    "-Wall",
+];
+const RUST_FLAGS: &[&str] = &[
+    "--edition=2021",
+    "-g",
+    "-Copt-level=1",
+    "-Cforce-frame-pointers=yes",
+];
+
+/// A built program.
+#[derive(Clone, Debug)]
+pub struct Target(PathBuf);
+
+impl Target {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Where it is, as text.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        self.0.to_str().expect("a path in UTF-8")
+    }
+
+    /// A command that runs it with `args`.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.0);
+        command.args(args);
+        command
+    }
+}
+
+/// Builds `targets/<file>`, if that has not been done.
+#[must_use]
+pub fn target(file: &str) -> Target {
+    build(file, &[])
+}
+
+/// Builds `targets/<file>` without a C library.
+#[must_use]
+pub fn freestanding(file: &str) -> Target {
+    build(
+        file,
+        &[
+            "-static",
+            "-nostdlib",
+            "-ffreestanding",
+            "-no-pie",
+            "-fno-stack-protector",
+        ],
+    )
+}
+
+/// Builds `targets/<file>` as a shared library.
+#[must_use]
+pub fn shared_library(file: &str) -> Target {
+    build(file, &["-shared", "-fPIC", "-fno-builtin"])
+}
+
+fn build(file: &str, more: &[&str]) -> Target {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("targets");
+    let (stem, kind) = file.rsplit_once('.').expect("a file with an extension");
+    let (compiler, flags) = match kind {
+        "c" => ("cc", C_FLAGS),
+        "cpp" => ("c++", C_FLAGS),
+        "rs" => ("rustc", RUST_FLAGS),
+        _ => panic!("no compiler for {file}"),
+    };
+
+    let mut hasher = DefaultHasher::new();
+    (compiler, flags, more, &sources).hash(&mut hasher);
+    for part in [file, "target.h", "threads.h"] {
+        let content = fs::read(sources.join(part));
+        content
+            .unwrap_or_else(|error| panic!("targets/{part}: {error}"))
+            .hash(&mut hasher);
+    }
+
+    let dir = profile_dir().join("../e2e-targets");
+    fs::create_dir_all(&dir).expect("a directory for the targets");
+    let dir = dir.canonicalize().expect("a directory for the targets");
+    let path = dir.join(format!("{stem}-{:016x}", hasher.finish()));
+    if !path.exists() {
+        compile(compiler, flags, more, &sources.join(file), &path);
+    }
+    Target(path)
+}
+
+fn compile(compiler: &str, flags: &[&str], more: &[&str], source: &Path, path: &Path) {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    // No dot in it: rustc takes what follows for an extension.
+    let unfinished = path.with_file_name(format!("unfinished-{}-{number}", process::id()));
+    let output = Command::new(compiler)
+        .args(flags)
+        .args(more)
+        .arg("-o")
+        .arg(&unfinished)
+        .arg(source)
+        .output()
+        .unwrap_or_else(|error| panic!("the tests need {compiler}: {error}"));
+    assert!(
+        output.status.success(),
+        "{compiler} {}:\n{}",
+        source.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    fs::rename(&unfinished, path).expect("moving a target into its place");
+}
