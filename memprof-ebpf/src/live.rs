@@ -35,11 +35,15 @@ pub(crate) fn key(slot: u32, target: &TargetConfig, addr: u64) -> LiveKey {
 #[inline(always)]
 pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
     let Some(event) = emit::reserve_alloc() else {
-        count(slot, DropReason::AllocRingFull);
         value.flags |= FLAG_UNSENT;
-        if LIVE.insert(key, &*value, 0).is_err() {
-            count(slot, DropReason::LiveMapFull);
-        }
+        let reason = if LIVE.insert(key, &*value, 0).is_ok() {
+            DropReason::AllocRingFull
+        } else {
+            DropReason::LiveMapFull
+        };
+        // Only now: the count makes the daemon read the map, and if nothing else
+        // is lost it reads it once.
+        count(slot, reason);
         return;
     };
     // The map first: an event for a block that is not in the map would never be
