@@ -337,17 +337,13 @@ fn exec_is_a_new_image() {
     let mut becoming = Running::spawn(&mut target("exec.c").command(&[hold.text(), "17", "170"]));
     becoming.wait_stdout(|line| line == "ready");
     let pid = becoming.pid();
-    let memprof = Running::spawn(&mut memprof(&[
-        "record",
-        "-i",
-        "1",
-        "-o",
-        &file,
-        "-p",
-        &pid.to_string(),
-    ]));
+    let mut command = memprof(&["record", "-i", "1", "-o", &file, "-p", &pid.to_string()]);
+    let memprof = Running::spawn(command.env("MEMPROF_LOG", "info"));
     memprof.wait_stderr(|line| line.starts_with("memprof: recording"));
     becoming.send("go");
+    // The path of a program that has ended by the time memprof hears of it is not
+    // known; so it lives until then.
+    memprof.wait_stderr(|line| line.contains("has replaced its program"));
     becoming.send_last("go");
     becoming.wait_stdout_for(LIMIT, |line| line == "done");
     becoming.finish().expect_code(0);
