@@ -32,7 +32,7 @@ enum Sink {
 }
 
 impl Output {
-    /// Opens `path`, or with none or `-` the standard output; `quiet_stdout` is
+    /// Opens `path`, or with none or `-` the standard output; `stdout_is_taken` is
     /// set where standard output belongs to a command.
     ///
     /// # Errors

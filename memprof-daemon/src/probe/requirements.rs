@@ -49,10 +49,6 @@ const CAPABILITIES: [(u32, &str, &str); 4] = [
     (21, "CAP_SYS_ADMIN", "opening /proc/PID/map_files"),
 ];
 
-/// Inode of the initial pid namespace (`PROC_PID_INIT_INO`,
-/// `include/linux/proc_ns.h`).
-const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
-
 /// Checks every requirement, also after one is not met.
 #[must_use]
 pub fn check_host() -> Vec<Requirement> {
@@ -162,9 +158,9 @@ fn judge_capabilities(effective: u64, root: bool) -> State {
 }
 
 fn pid_namespace() -> State {
-    match fs::read_link("/proc/self/ns/pid") {
-        Ok(link) if link.as_os_str() == INITIAL_PID_NAMESPACE => State::Met("initial".to_owned()),
-        Ok(_) => State::unmet(
+    match crate::process::info::pid_namespace_is_initial() {
+        Ok(true) => State::Met("initial".to_owned()),
+        Ok(false) => State::unmet(
             "memprof runs in a pid namespace of its own: its pids are not the kernel's",
             "run it in the host's pid namespace (docker run --pid=host)",
         ),
