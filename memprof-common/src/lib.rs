@@ -18,6 +18,7 @@ pub mod limits;
 pub mod live;
 pub mod sampler;
 pub mod stack;
+pub mod totals;
 
 #[cfg(feature = "user")]
 mod user;

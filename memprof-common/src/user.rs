@@ -7,6 +7,7 @@ use crate::{
     counters::TargetCounters,
     live::{LiveKey, LiveValue},
     stack::{StackKey, StackRecord},
+    totals::TargetTotals,
 };
 
 // SAFETY: each is `repr(C)` of integers without padding (sizes asserted where
@@ -22,3 +23,5 @@ unsafe impl aya::Pod for LiveValue {}
 unsafe impl aya::Pod for StackKey {}
 // SAFETY: as above.
 unsafe impl aya::Pod for StackRecord {}
+// SAFETY: as above.
+unsafe impl aya::Pod for TargetTotals {}

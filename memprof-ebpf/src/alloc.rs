@@ -4,26 +4,18 @@ use core::hint::black_box;
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{
-        bpf_get_prandom_u32, bpf_probe_read_user,
-        generated::{bpf_get_attach_cookie, bpf_ktime_get_ns},
-    },
+    helpers::{bpf_get_prandom_u32, bpf_probe_read_user, generated::bpf_ktime_get_ns},
     programs::{ProbeContext, RetProbeContext},
 };
 use memprof_common::{
-    config::{AttachCookie, TargetConfig},
-    counters::DropReason,
-    function::Function,
-    live::LiveValue,
-    sampler::should_sample,
+    counters::DropReason, function::Function, live::LiveValue, sampler::should_sample,
 };
 
 use crate::{
     counters::count,
-    in_flight::{self, InFlightCall, TakenBlock},
-    live,
-    maps::TARGETS,
-    stack,
+    hit::Hit,
+    in_flight::{self, CALL_FREES, CALL_NESTS, InFlightCall, TakenBlock},
+    live, stack, totals,
 };
 
 const MALLOC: u8 = Function::Malloc as u8;
@@ -33,17 +25,6 @@ const REALLOCARRAY: u8 = Function::Reallocarray as u8;
 const POSIX_MEMALIGN: u8 = Function::PosixMemalign as u8;
 const ALIGNED_ALLOC: u8 = Function::AlignedAlloc as u8;
 const MEMALIGN: u8 = Function::Memalign as u8;
-
-/// The program's share of a hit: which site, which target.
-#[inline(always)]
-pub(crate) fn site_and_target(
-    ctx: *mut core::ffi::c_void,
-) -> Option<(AttachCookie, &'static TargetConfig)> {
-    // SAFETY: `ctx` is the context that the kernel gave to this program.
-    let cookie = AttachCookie(unsafe { bpf_get_attach_cookie(ctx) });
-    let target = TARGETS.get(cookie.slot())?;
-    Some((cookie, target))
-}
 
 /// Bytes that the call asks for. A product that overflows is larger than any
 /// allocator grants; the call will fail.
@@ -75,77 +56,99 @@ fn saturating_product(a: u64, b: u64) -> u64 {
     high << 32 | low & 0xffff_ffff
 }
 
-/// At entry: sample or skip.
+/// Whether a call's return must be seen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Return {
+    Needed,
+    NotNeeded,
+}
+
+/// At entry: count, and sample or skip.
 #[inline(always)]
-pub(crate) fn entry(ctx: &ProbeContext) {
-    let Some((cookie, target)) = site_and_target(ctx.as_ptr()) else {
-        return;
+pub(crate) fn entry(ctx: &ProbeContext) -> Return {
+    let Some(hit) = Hit::new(ctx.as_ptr()) else {
+        return Return::NotNeeded;
     };
-    let function = cookie.function_code();
+    let function = hit.cookie.function_code();
+    // SAFETY: the context is valid for this program's run.
+    let stack_pointer = unsafe { (*ctx.regs).rsp };
+    if hit.may_be_nested()
+        && in_flight::is_nested(in_flight::current_thread(), hit.cookie.0, stack_pointer)
+    {
+        return Return::NotNeeded;
+    }
+
     let size_bytes = requested_bytes(ctx, function);
+    totals::count_alloc(&hit, size_bytes);
     // One read, so that decision and weight agree while the daemon changes it.
-    let interval = target.sample_interval_bytes;
+    let interval = hit.target.sample_interval_bytes;
     let sampled = should_sample(size_bytes, interval, || {
         // SAFETY: takes nothing, returns a number.
         unsafe { bpf_get_prandom_u32() }
     });
     // `malloc` calls no other function of the family, unless one module's calls
     // another's: nothing to remember.
-    if !sampled && function == MALLOC && target.malloc_nests == 0 {
-        return;
+    let nests = function != MALLOC || hit.target.malloc_nests != 0;
+    if !sampled && !nests {
+        return Return::NotNeeded;
     }
 
     let thread = in_flight::current_thread();
-    // SAFETY: the context is valid for this program's run.
-    let stack_pointer = unsafe { (*ctx.regs).rsp };
-    if in_flight::is_nested(thread, cookie.0, stack_pointer) {
-        return;
-    }
     let mut call = InFlightCall {
-        cookie: cookie.0,
+        cookie: hit.cookie.0,
         stack_pointer,
         size_bytes,
         sample_interval_bytes: if sampled { interval } else { 0 },
         address: 0,
+        flags: if nests { CALL_NESTS } else { 0 },
     };
     if function == POSIX_MEMALIGN {
         call.address = ctx.arg::<u64>(0).unwrap_or(0);
     }
+    let mut lost = false;
     if function == REALLOC || function == REALLOCARRAY {
-        // Now, not at return: another thread may be given the old address
-        // before this call returns.
         let old = ctx.arg::<u64>(0).unwrap_or(0);
-        let key = live::key(cookie.slot(), target, old);
-        if old != 0
-            && let Some(value) = live::remove(cookie.slot(), &key)
-        {
-            // If there is no room to keep it, a failure cannot give it back.
-            if in_flight::keep_taken(thread, &TakenBlock { key, value }) {
-                call.address = old;
-            } else {
-                count(cookie.slot(), DropReason::InFlightFull);
+        if old != 0 {
+            totals::count_free(&hit);
+            call.flags |= CALL_FREES;
+            // Now, not at return: another thread may be given the old address
+            // before this call returns.
+            let key = hit.live_key(old);
+            if let Some(value) = live::remove(hit.slot, &key) {
+                // If there is no room to keep it, a failure cannot give it back.
+                if in_flight::keep_taken(thread, &TakenBlock { key, value }) {
+                    call.address = old;
+                } else {
+                    lost = true;
+                }
             }
         }
     }
-    if !in_flight::enter(thread, &call) {
-        count(cookie.slot(), DropReason::InFlightFull);
+    let remembered = in_flight::enter(&hit, thread, &call);
+    if lost || !remembered {
+        count(hit.slot, DropReason::InFlightFull);
+    }
+    if remembered {
+        Return::Needed
+    } else {
+        Return::NotNeeded
     }
 }
 
 /// At return: the block's address is known, and the stack is the caller's.
 #[inline(always)]
 pub(crate) fn on_return(ctx: &RetProbeContext) {
-    let Some((cookie, target)) = site_and_target(ctx.as_ptr()) else {
+    let Some(hit) = Hit::new(ctx.as_ptr()) else {
         return;
     };
     // SAFETY: the context is valid for this program's run.
     let stack_pointer = unsafe { (*ctx.regs).rsp };
     let thread = in_flight::current_thread();
-    let Some(call) = in_flight::leave(thread, cookie.0, stack_pointer) else {
+    let Some(call) = in_flight::leave(&hit, thread, stack_pointer) else {
         return;
     };
-    let slot = cookie.slot();
-    let function = cookie.function_code();
+    let slot = hit.slot;
+    let function = hit.cookie.function_code();
     let result: u64 = ctx.ret();
 
     let addr = if function == POSIX_MEMALIGN {
@@ -168,17 +171,20 @@ pub(crate) fn on_return(ctx: &RetProbeContext) {
         result
     };
 
-    let reallocates = function == REALLOC || function == REALLOCARRAY;
-    if reallocates
-        && call.address != 0
-        && let Some(mut taken) = in_flight::hand_back(thread)
+    if call.flags & CALL_FREES != 0 {
         // A failed realloc leaves the old block as it was. realloc(p, 0) that
         // returns NULL has freed it (glibc; C17 lets both happen, and a
         // library that keeps the block returns its address).
-        && addr == 0
-        && call.size_bytes != 0
-    {
-        live::restore(slot, &taken.key, &mut taken.value);
+        let failed = addr == 0 && call.size_bytes != 0;
+        if failed {
+            totals::uncount_free(&hit);
+        }
+        if call.address != 0
+            && let Some(mut taken) = in_flight::hand_back(thread)
+            && failed
+        {
+            live::restore(slot, &taken.key, &mut taken.value);
+        }
     }
     if addr == 0 {
         return;
@@ -186,7 +192,7 @@ pub(crate) fn on_return(ctx: &RetProbeContext) {
     if call.sample_interval_bytes == 0 {
         return;
     }
-    let stack = stack::capture(ctx, slot, target);
+    let stack = stack::capture(ctx, slot, hit.target);
     let mut value = LiveValue {
         // SAFETY: takes nothing, returns a number.
         timestamp_ns: unsafe { bpf_ktime_get_ns() },
@@ -196,5 +202,5 @@ pub(crate) fn on_return(ctx: &RetProbeContext) {
         flags: 0,
         function: u32::from(function),
     };
-    live::insert(slot, &live::key(slot, target, addr), &mut value);
+    live::insert(slot, &hit.live_key(addr), &mut value);
 }

@@ -2,19 +2,29 @@
 
 use aya_ebpf::{EbpfContext as _, programs::ProbeContext};
 
-use crate::{alloc::site_and_target, live};
+use crate::{
+    hit::Hit,
+    in_flight::{current_thread, is_nested},
+    live, totals,
+};
 
-/// At entry: if the block was sampled, take it out. Frees inside another call
-/// need no look at the calls in flight: `realloc` has taken its old block out
-/// already, and a free that calls another module's finds it gone.
+/// At entry: if the block was sampled, take it out. A free inside another call
+/// takes its block out too, though it is no call of the program's: `realloc` has
+/// taken its old block out already, and one that calls another module's finds it
+/// gone.
 #[inline(always)]
 pub(crate) fn entry(ctx: &ProbeContext) {
     let addr = ctx.arg::<u64>(0).unwrap_or(0);
     if addr == 0 {
         return;
     }
-    let Some((cookie, target)) = site_and_target(ctx.as_ptr()) else {
+    let Some(hit) = Hit::new(ctx.as_ptr()) else {
         return;
     };
-    let _ = live::remove(cookie.slot(), &live::key(cookie.slot(), target, addr));
+    // SAFETY: the context is valid for this program's run.
+    let stack_pointer = unsafe { (*ctx.regs).rsp };
+    if !hit.may_be_nested() || !is_nested(current_thread(), hit.cookie.0, stack_pointer) {
+        totals::count_free(&hit);
+    }
+    let _ = live::remove(hit.slot, &hit.live_key(addr));
 }

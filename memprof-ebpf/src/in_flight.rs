@@ -5,9 +5,16 @@
 //! in glibc, an interposed library calling libc's) is doing one allocation.
 
 use aya_ebpf::helpers::bpf_get_current_pid_tgid;
-use memprof_common::live::{LiveKey, LiveValue};
+use memprof_common::{
+    config::AttachCookie,
+    live::{LiveKey, LiveValue},
+};
 
-use crate::maps::{IN_FLIGHT, TAKEN};
+use crate::{
+    atomic,
+    hit::{Hit, TargetState},
+    maps::{IN_FLIGHT, STATES, TAKEN},
+};
 
 /// What the return must know of its entry.
 #[derive(Clone, Copy)]
@@ -24,7 +31,14 @@ pub(crate) struct InFlightCall {
     /// `posix_memalign`: where it stores the address. `realloc`: not 0 if its
     /// old block was in the live map; then it is in `TAKEN`.
     pub(crate) address: u64,
+    /// `CALL_*`.
+    pub(crate) flags: u64,
 }
+
+/// Counted in [`TargetState::nesting_calls`].
+pub(crate) const CALL_NESTS: u64 = 1;
+/// A `realloc` of a block; its free is counted already.
+pub(crate) const CALL_FREES: u64 = 2;
 
 /// A block that a `realloc` under way has taken out of the live map.
 #[derive(Clone, Copy)]
@@ -62,23 +76,48 @@ pub(crate) fn is_nested(thread: u64, cookie: u64, stack_pointer: u64) -> bool {
 
 /// Remembers a call. False if the map is full.
 #[inline(always)]
-pub(crate) fn enter(thread: u64, call: &InFlightCall) -> bool {
-    IN_FLIGHT.insert(thread, call, 0).is_ok()
+pub(crate) fn enter(hit: &Hit, thread: u64, call: &InFlightCall) -> bool {
+    // Only a call that never returned through its probe is still there.
+    let replaces_nesting = hit.may_be_nested()
+        // SAFETY: only this thread writes the entry.
+        && match unsafe { IN_FLIGHT.get(thread) } {
+            Some(stale) => stale.flags & CALL_NESTS != 0,
+            None => false,
+        };
+    if IN_FLIGHT.insert(thread, call, 0).is_err() {
+        return false;
+    }
+    let nests = call.flags & CALL_NESTS != 0;
+    if nests && !replaces_nesting {
+        count_nesting(hit.state, 1);
+    }
+    if !nests && replaces_nesting {
+        count_nesting(hit.state, u64::MAX);
+    }
+    true
 }
 
-/// Takes back the call that returns to `stack_pointer` at `cookie`, if it is the
-/// one remembered.
+/// Takes back the call that returns to `stack_pointer`, if it is the one
+/// remembered.
 #[inline(always)]
-pub(crate) fn leave(thread: u64, cookie: u64, stack_pointer: u64) -> Option<InFlightCall> {
+pub(crate) fn leave(hit: &Hit, thread: u64, stack_pointer: u64) -> Option<InFlightCall> {
     // SAFETY: only this thread writes the entry.
     let call = unsafe { IN_FLIGHT.get(thread) }?;
     // The `ret` has popped the return address.
-    if call.cookie != cookie || call.stack_pointer.wrapping_add(8) != stack_pointer {
+    if call.cookie != hit.cookie.0 || call.stack_pointer.wrapping_add(8) != stack_pointer {
         return None;
     }
     let call = *call;
-    forget(thread);
+    if IN_FLIGHT.remove(thread).is_ok() && call.flags & CALL_NESTS != 0 {
+        count_nesting(hit.state, u64::MAX);
+    }
     Some(call)
+}
+
+#[inline(always)]
+fn count_nesting(state: *mut TargetState, calls: u64) {
+    // SAFETY: the pointer is to a map value.
+    unsafe { atomic::add(&raw mut (*state).nesting_calls, calls) };
 }
 
 /// Remembers the block that the thread's call has taken. False if the map is
@@ -100,6 +139,15 @@ pub(crate) fn hand_back(thread: u64) -> Option<TakenBlock> {
 /// Drops whatever is remembered of a thread.
 #[inline(always)]
 pub(crate) fn forget(thread: u64) {
-    // Nothing remembered is the usual case.
-    let _ = IN_FLIGHT.remove(thread);
+    // SAFETY: only this thread writes the entry.
+    let Some(call) = (unsafe { IN_FLIGHT.get(thread) }) else {
+        return;
+    };
+    let (cookie, flags) = (AttachCookie(call.cookie), call.flags);
+    if IN_FLIGHT.remove(thread).is_ok()
+        && flags & CALL_NESTS != 0
+        && let Some(state) = STATES.get_ptr_mut(cookie.slot())
+    {
+        count_nesting(state, u64::MAX);
+    }
 }

@@ -8,7 +8,7 @@ use crate::{
     counters::count,
     emit,
     in_flight::{current_thread, forget},
-    maps::{EPOCHS, SLOTS},
+    maps::{SLOTS, STATES},
 };
 
 /// `execve` succeeded: every block of the old program is gone.
@@ -21,14 +21,14 @@ pub(crate) fn exec(ctx: &RawTracePointContext) {
     };
     // The call that `execve` interrupted in another thread, or left in this one.
     forget(current_thread());
-    let Some(epoch) = EPOCHS.get_ptr_mut(slot) else {
+    let Some(state) = STATES.get_ptr_mut(slot) else {
         return;
     };
     // SAFETY: a map value. A process that has reached this tracepoint has one
     // thread left, and nobody else writes its epoch.
     let epoch = unsafe {
-        *epoch = (*epoch).wrapping_add(1);
-        *epoch
+        (*state).epoch = (*state).epoch.wrapping_add(1);
+        (*state).epoch
     };
     info!(
         ctx,

@@ -10,26 +10,11 @@
 //!   finds it missing.
 
 use memprof_common::{
-    config::TargetConfig,
     counters::DropReason,
     live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
 };
 
-use crate::{
-    counters::count,
-    emit,
-    maps::{EPOCHS, LIVE},
-};
-
-/// The block at `addr` in the target's present program.
-#[inline(always)]
-pub(crate) fn key(slot: u32, target: &TargetConfig, addr: u64) -> LiveKey {
-    LiveKey {
-        pid: target.pid,
-        epoch: EPOCHS.get(slot).copied().unwrap_or(0),
-        addr,
-    }
-}
+use crate::{counters::count, emit, maps::LIVE};
 
 /// Adds a block and tells the daemon.
 #[inline(always)]

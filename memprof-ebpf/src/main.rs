@@ -3,8 +3,9 @@
 //!
 //! Read it in the order of the data path: this file's entry points, then
 //! `alloc` (an allocating call from entry to return), `free`, and what they use:
-//! `in_flight` (calls between entry and return), `stack`, `live` (sampled blocks
-//! not yet freed) and `emit` (the ring).
+//! `hit` (whose call it is), `totals` (what every call adds to), `in_flight`
+//! (calls between entry and return), `stack`, `live` (sampled blocks not yet
+//! freed) and `emit` (the ring).
 //!
 //! Probe programs run in process context and can be preempted: by another task
 //! on the same CPU, never by themselves. So nothing here keeps state in per-CPU
@@ -23,24 +24,32 @@ mod atomic;
 mod counters;
 mod emit;
 mod free;
+mod hit;
 mod in_flight;
 mod life;
 mod live;
 mod maps;
 mod stack;
+mod totals;
 
 use core::ffi::c_void;
 
-use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
+use aya_ebpf::{
+    helpers::generated::bpf_get_func_ip,
+    programs::{ProbeContext, RawTracePointContext, RetProbeContext},
+};
 
-/// Entry of a function that hands out blocks.
+use crate::alloc::Return;
+
+/// Entry of a function that hands out blocks, where return probes are attached
+/// apart.
 ///
 /// The entry points are written by hand: aya's `#[uprobe]` throws the result
-/// away, and the kernel gives it a meaning for some ways to attach.
+/// away, which the kernel gives a meaning in sessions.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
 pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
-    alloc::entry(&ProbeContext::new(ctx));
+    let _ = alloc::entry(&ProbeContext::new(ctx));
     0
 }
 
@@ -48,6 +57,29 @@ pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uretprobe")]
 pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
+    alloc::on_return(&RetProbeContext::new(ctx));
+    0
+}
+
+/// Entry of a function that hands out blocks and return from it, by
+/// `uprobe.session` (Linux 6.13): a result of 1 at entry says that the return is
+/// not to be probed, which spares an unsampled call the second trap.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn alloc_session(ctx: *mut c_void) -> u32 {
+    let entry = ProbeContext::new(ctx);
+    // The place of the probe at both; the instruction pointer is there at entry,
+    // and the caller's at return.
+    //
+    // SAFETY: `ctx` is the context that the kernel gave to this program.
+    let probed = unsafe { bpf_get_func_ip(ctx) };
+    // SAFETY: as above.
+    if probed == unsafe { (*entry.regs).rip } {
+        return match alloc::entry(&entry) {
+            Return::Needed => 0,
+            Return::NotNeeded => 1,
+        };
+    }
     alloc::on_return(&RetProbeContext::new(ctx));
     0
 }

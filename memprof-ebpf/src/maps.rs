@@ -15,9 +15,11 @@ use memprof_common::{
     },
     live::{LiveKey, LiveValue},
     stack::{StackKey, StackRecord},
+    totals::{TOTALS_ENTRIES, TargetTotals},
 };
 
 use crate::{
+    hit::TargetState,
     in_flight::{InFlightCall, TakenBlock},
     stack::Scratch,
 };
@@ -30,10 +32,16 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(DEFAULT_RING_BYTES, 
 #[map]
 pub(crate) static TARGETS: Array<TargetConfig> = Array::with_max_entries(MAX_TARGETS, 0);
 
-/// How often each target has replaced its program. Only BPF writes it: the
-/// daemon rewrites `TARGETS` at will and would undo a count in there.
+/// What BPF itself keeps of each target. Only BPF writes it: the daemon rewrites
+/// `TARGETS` at will and would undo a count in there.
 #[map]
-pub(crate) static EPOCHS: Array<u32> = Array::with_max_entries(MAX_TARGETS, 0);
+pub(crate) static STATES: Array<TargetState> = Array::with_max_entries(MAX_TARGETS, 0);
+
+/// What every call adds to, by slot and epoch
+/// ([`memprof_common::totals::totals_index`]).
+#[map]
+pub(crate) static TOTALS: PerCpuArray<TargetTotals> =
+    PerCpuArray::with_max_entries(TOTALS_ENTRIES, 0);
 
 /// Slots of traced processes by pid, for the tracepoints, which have no cookie.
 #[map]

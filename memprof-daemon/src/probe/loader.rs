@@ -13,6 +13,7 @@ use memprof_common::{
         DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
     },
     stack::{StackKey, StackRecord},
+    totals::TargetTotals,
 };
 use thiserror::Error;
 
@@ -88,6 +89,8 @@ pub struct Maps {
     pub slots: HashMap<MapData, u32, u32>,
     /// Losses by slot.
     pub counters: PerCpuArray<MapData, TargetCounters>,
+    /// Exact totals by slot and epoch.
+    pub totals: PerCpuArray<MapData, TargetTotals>,
     /// Sampled blocks not yet freed.
     pub live: LiveMap,
     /// Stacks by name.
@@ -155,6 +158,7 @@ pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
         targets: typed("TARGETS", take("TARGETS")?)?,
         slots: typed("SLOTS", take("SLOTS")?)?,
         counters: typed("COUNTERS", take("COUNTERS")?)?,
+        totals: typed("TOTALS", take("TOTALS")?)?,
         live: LiveMap::new(take("LIVE")?).map_err(|error| map_error("LIVE", error))?,
         stacks: typed("STACKS", take("STACKS")?)?,
     };

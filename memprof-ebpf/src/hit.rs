@@ -1,0 +1,76 @@
+//! What a program knows of the call that hit its probe, before it looks at it.
+
+use aya_ebpf::helpers::generated::bpf_get_attach_cookie;
+use memprof_common::{
+    config::{AttachCookie, TargetConfig},
+    live::LiveKey,
+    totals::totals_index,
+};
+
+use crate::maps::{STATES, TARGETS};
+
+/// What BPF keeps of a target; a cache line, so that targets do not share one.
+#[repr(C, align(64))]
+pub(crate) struct TargetState {
+    /// Calls of the target in `IN_FLIGHT` in which another call of the allocator
+    /// may run. While there are none, which is nearly always, no call need look
+    /// itself up to know that it is not nested.
+    pub(crate) nesting_calls: u64,
+    /// How often the target has replaced its program.
+    pub(crate) epoch: u32,
+}
+
+/// One hit.
+pub(crate) struct Hit {
+    pub(crate) cookie: AttachCookie,
+    pub(crate) slot: u32,
+    pub(crate) target: &'static TargetConfig,
+    pub(crate) state: *mut TargetState,
+    /// The program that the target runs.
+    pub(crate) epoch: u32,
+}
+
+impl Hit {
+    /// None if the daemon has not told of the target, which it does before it
+    /// attaches anything.
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut core::ffi::c_void) -> Option<Self> {
+        // SAFETY: `ctx` is the context that the kernel gave to this program.
+        let cookie = AttachCookie(unsafe { bpf_get_attach_cookie(ctx) });
+        let slot = cookie.slot();
+        let target = TARGETS.get(slot)?;
+        let state = STATES.get_ptr_mut(slot)?;
+        Some(Self {
+            cookie,
+            slot,
+            target,
+            state,
+            // SAFETY: a map value; written while the target has no other thread.
+            epoch: unsafe { (*state).epoch },
+        })
+    }
+
+    /// Whether a call of the target may be inside another.
+    #[inline(always)]
+    pub(crate) fn may_be_nested(&self) -> bool {
+        // SAFETY: a map value. The call that this one may be inside is the same
+        // thread's, so its count is visible.
+        unsafe { (&raw const (*self.state).nesting_calls).read_volatile() != 0 }
+    }
+
+    /// The block at `addr` in the target's present program.
+    #[inline(always)]
+    pub(crate) fn live_key(&self, addr: u64) -> LiveKey {
+        LiveKey {
+            pid: self.target.pid,
+            epoch: self.epoch,
+            addr,
+        }
+    }
+
+    /// Where the totals of the target's present program are.
+    #[inline(always)]
+    pub(crate) fn totals_index(&self) -> u32 {
+        totals_index(self.slot, self.epoch)
+    }
+}
