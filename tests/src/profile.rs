@@ -39,6 +39,12 @@ pub struct Site {
     pub function: String,
     /// Place in the file.
     pub file_offset: u64,
+    /// The same from the function's first byte.
+    pub offset: u64,
+    /// The instruction there.
+    pub instruction: String,
+    /// The kernel emulates it.
+    pub emulated: bool,
 }
 
 /// A process image.

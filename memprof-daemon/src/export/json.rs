@@ -58,6 +58,9 @@ struct Site<'a> {
     module: &'a str,
     function: &'a str,
     file_offset: u64,
+    offset: u32,
+    instruction: &'a str,
+    emulated: bool,
 }
 
 impl<'a> From<&'a Profile> for Document<'a> {
@@ -66,6 +69,9 @@ impl<'a> From<&'a Profile> for Document<'a> {
             module: &site.module,
             function: &site.function,
             file_offset: site.file_offset,
+            offset: site.offset,
+            instruction: &site.instruction,
+            emulated: site.emulated,
         };
         Self {
             schema: SCHEMA,

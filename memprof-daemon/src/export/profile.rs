@@ -46,6 +46,12 @@ pub struct ProbeSite {
     pub function: String,
     /// Place in the file.
     pub file_offset: u64,
+    /// The same from the function's first byte.
+    pub offset: u32,
+    /// The instruction there.
+    pub instruction: String,
+    /// The kernel emulates it: a hit is one trap.
+    pub emulated: bool,
 }
 
 /// The profile of one process image.

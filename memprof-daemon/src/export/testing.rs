@@ -93,6 +93,9 @@ pub(crate) fn profile() -> Profile {
                 module: "/usr/lib/libc.so.6".to_owned(),
                 function: "malloc".to_owned(),
                 file_offset: 0x9_a0d0,
+                offset: 4,
+                instruction: "push r12".to_owned(),
+                emulated: true,
             }],
         },
         processes: vec![

@@ -16,6 +16,7 @@ use std::{
 use memprof_common::function::Function;
 use object::elf;
 
+use super::point::ProbePoint;
 use crate::{
     address::{FileOffset, VirtOffset},
     process::{
@@ -23,6 +24,10 @@ use crate::{
         mapping::{MappedFile, MappingTable},
     },
 };
+
+mod points;
+
+use points::Place;
 
 /// Of a symbol table and of its names, what lies beyond is not read: the largest
 /// programs have a tenth of it, and a sparse file can claim any size.
@@ -74,6 +79,20 @@ pub struct FoundSite {
     pub file_offset: FileOffset,
     /// Functions that start here too, such as `cfree` with `free`.
     pub aliases: Vec<Function>,
+    /// The instruction to probe it on.
+    pub point: ProbePoint,
+}
+
+impl FoundSite {
+    /// Where in the file the probe goes.
+    #[must_use]
+    pub fn probe_offset(&self) -> FileOffset {
+        FileOffset(
+            self.file_offset
+                .0
+                .saturating_add(u64::from(self.point.offset)),
+        )
+    }
 }
 
 /// A file that defines an allocator.
@@ -202,8 +221,8 @@ impl Definitions {
     fn read(file: &File) -> Result<Self, ElfError> {
         let layout = ElfLayout::read(file)?;
         let mut found = Self::default();
-        // All (place, function), then in order of place and `Function::ALL`.
-        let mut places: Vec<(FileOffset, usize, Function)> = Vec::new();
+        // All, then in order of place and `Function::ALL`.
+        let mut places: Vec<Place> = Vec::new();
         for table in &layout.symbol_tables {
             let names = find_names(file, table)?;
             if names.is_empty() {
@@ -213,9 +232,7 @@ impl Definitions {
                 Some(Name::LoaderMark) => found.is_loader |= symbol.defined,
                 Some(Name::Function(function)) if symbol.defined => match symbol.kind {
                     kind if kind == elf::STT_FUNC.0 && places.len() <= MAX_MATCHES => {
-                        let place = layout.code_offset(symbol.address);
-                        let order = Function::ALL.iter().position(|each| each == function);
-                        places.extend(place.zip(order).map(|(at, order)| (at, order, *function)));
+                        places.extend(Place::of(&layout, symbol, *function));
                     }
                     kind if kind == elf::STT_GNU_IFUNC.0 && !found.indirect.contains(function) => {
                         found.indirect.push(*function);
@@ -228,18 +245,7 @@ impl Definitions {
         if places.len() > MAX_MATCHES {
             return Err(ElfError::Malformed("the same functions too often"));
         }
-        places.sort_unstable_by_key(|&(at, order, _)| (at, order));
-        places.dedup();
-        for (file_offset, _, function) in places {
-            match found.sites.last_mut() {
-                Some(site) if site.file_offset == file_offset => site.aliases.push(function),
-                _ => found.sites.push(FoundSite {
-                    function,
-                    file_offset,
-                    aliases: Vec::new(),
-                }),
-            }
-        }
+        found.sites = points::choose_all(file, &layout, points::starts(places))?;
         Ok(found)
     }
 }
@@ -300,6 +306,7 @@ struct Symbol {
     name: u32,
     kind: u8,
     address: VirtOffset,
+    size: u64,
     /// Visible to other files, and has a place in this one. The entry of an
     /// imported function in an executable can have a value too, its PLT stub's,
     /// but has no section.
@@ -320,6 +327,7 @@ fn for_each_symbol(
                 name: symbol.u32(0),
                 kind: info & 0xf,
                 address: VirtOffset(value),
+                size: symbol.u64(16),
                 defined: (binding == elf::STB_GLOBAL.0 || binding == elf::STB_WEAK.0)
                     && section != elf::SHN_UNDEF.0
                     && value != 0,

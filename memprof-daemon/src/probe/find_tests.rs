@@ -129,6 +129,167 @@ fn other_files() {
     }
 }
 
+/// The probed instruction of each function of `path`, and how far in it is.
+fn points(path: &Path) -> Vec<(&'static str, u32, String)> {
+    assert!(path.exists(), "needs {}", path.display());
+    let module = Finder::default().find(&mapped(path)).unwrap();
+    let bytes = fs::read(path).unwrap();
+    let shown = |site: &FoundSite| {
+        let point = &site.point;
+        assert_eq!(
+            site.probe_offset().0,
+            site.file_offset.0 + u64::from(point.offset)
+        );
+        // What stands there is what is said.
+        let first = bytes[site.probe_offset().0 as usize];
+        assert!(!point.instruction.starts_with("jmp") || matches!(first, 0xe9 | 0xeb));
+        let what = match point.refusal {
+            Some(refusal) => format!("{refusal:?}"),
+            None => point.instruction.split(' ').next().unwrap().to_owned(),
+        };
+        (site.function.symbol(), point.offset, what)
+    };
+    let mut points: Vec<_> = module.sites.iter().map(shown).collect();
+    points.sort();
+    points
+}
+
+fn expect_points(path: &str, expected: &[(&'static str, u32, &str)]) {
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|&(function, offset, what)| (function, offset, what.to_owned()))
+        .collect();
+    assert_eq!(points(Path::new(path)), expected, "{path}");
+}
+
+/// Check where the functions of Debian 12's C library are probed.
+#[test]
+fn points_in_glibc() {
+    expect_points(
+        "/usr/lib/x86_64-linux-gnu/libc.so.6",
+        &[
+            ("aligned_alloc", 7, "je"),
+            ("calloc", 0, "push"),
+            ("free", 3, "je"),
+            ("malloc", 0, "push"),
+            ("posix_memalign", 7, "push"),
+            ("pvalloc", 7, "push"),
+            ("realloc", 0, "push"),
+            ("reallocarray", 0, "ArgumentWritten"),
+            ("valloc", 7, "push"),
+        ],
+    );
+}
+
+/// Check where the functions of Debian 12's musl are probed: most are jumps.
+#[test]
+fn points_in_musl() {
+    expect_points(
+        "/usr/lib/x86_64-linux-musl/libc.so",
+        &[
+            ("aligned_alloc", 0, "push"),
+            ("calloc", 0, "push"),
+            ("free", 0, "jmp"),
+            ("malloc", 0, "jmp"),
+            ("memalign", 0, "jmp"),
+            ("posix_memalign", 0, "push"),
+            ("realloc", 0, "jmp"),
+            ("reallocarray", 6, "je"),
+            ("valloc", 0, "ArgumentWritten"),
+        ],
+    );
+}
+
+/// Check where the functions of Debian 12's jemalloc are probed.
+#[test]
+fn points_in_jemalloc() {
+    let points = points(Path::new("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2"));
+    assert!(
+        points.contains(&("malloc", 7, "ja".to_owned())),
+        "{points:?}"
+    );
+    assert!(points.contains(&("calloc", 0, "push".to_owned())));
+    assert!(points.iter().all(|(_, _, what)| what != "JumpTarget"));
+}
+
+/// A library with `malloc: cmp rdi, 1; jne` and `free: test rdi, rdi; je`, and
+/// with more.
+fn assembled(name: &str, more: &str) -> (Scratch, PathBuf) {
+    let scratch = Scratch::new(name);
+    let source = format!(
+        "__asm__(\".intel_syntax noprefix\\n.text\\n.globl malloc, free\\n\
+        .type malloc, @function\\nmalloc: cmp rdi, 1\\n inner: jne 1f\\n nop\\n1: ret\\n\
+        .size malloc, . - malloc\\n.type free, @function\\n\
+        free: test rdi, rdi\\n je 1f\\n nop\\n1: ret\\n{more}\\n.att_syntax\");"
+    );
+    let path = scratch.build(&source, &["-shared", "-fPIC", "-nostdlib"]);
+    (scratch, path)
+}
+
+/// Check that a jump from another part of the file to behind an entry, to the
+/// site itself too, keeps the probe at that entry, and no other's.
+#[test]
+fn jumps_from_elsewhere() {
+    let show = |more: &str| {
+        let (_scratch, path) = assembled("jumps", more);
+        points(&path)
+            .into_iter()
+            .map(|(name, offset, what)| format!("{name}+{offset} {what}"))
+            .collect::<Vec<_>>()
+    };
+    let moved = ["free+3 je", "malloc+4 jne"];
+    assert_eq!(show(""), moved);
+    let far = ".size free, . - free\\n.skip 4096, 0x90\\n";
+    assert_eq!(show(&format!("{far} jmp malloc")), moved);
+    let kept = ["free+3 je", "malloc+0 JumpTarget"];
+    for jump in ["jmp inner", "call inner", "ja inner"] {
+        assert_eq!(show(&format!("{far} {jump}")), kept, "{jump}");
+    }
+}
+
+/// Check that functions without a size are read up to the next one, and never
+/// into it.
+#[test]
+fn functions_without_size() {
+    let more = ".globl calloc\\n.type calloc, @function\\ncalloc: mov eax, 1\\n\
+        .globl realloc\\n.type realloc, @function\\nrealloc: push rbp\\n ret";
+    let (_scratch, path) = assembled("sizes", more);
+    let found: Vec<_> = points(&path);
+    assert!(
+        found.contains(&("calloc", 0, "FunctionEnds".to_owned())),
+        "{found:?}"
+    );
+    assert!(
+        found.contains(&("realloc", 0, "push".to_owned())),
+        "{found:?}"
+    );
+    assert!(found.contains(&("free", 3, "je".to_owned())), "{found:?}");
+}
+
+/// Check that the `endbr64` that a compiler puts at an entry is passed over.
+#[test]
+fn built_with_cet() {
+    let scratch = Scratch::new("cet");
+    let source = "extern void *get(long); extern void put(void *);\
+        void *malloc(long n) { return n < 0 ? 0 : get(n); }\
+        void free(void *p) { if (p) put(p); }";
+    let options = [
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-nostdlib",
+        "-fcf-protection=full",
+    ];
+    let path = scratch.build(source, &options);
+    let found = points(&path);
+    let shown: Vec<_> = found
+        .iter()
+        .map(|(name, at, what)| (*name, *at, what.as_str()))
+        .collect();
+    // test rdi, rdi is three bytes more.
+    assert_eq!(shown, [("free", 7, "je"), ("malloc", 7, "js")]);
+}
+
 /// Check that a static program is found by its symbol table.
 #[test]
 fn static_program() {

@@ -11,7 +11,9 @@
 
 pub mod attach;
 pub mod find;
+mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
+pub mod point;
 pub mod requirements;

@@ -187,13 +187,26 @@ impl ElfLayout {
     /// executable segment's part of the file.
     #[must_use]
     pub fn code_offset(&self, address: VirtOffset) -> Option<FileOffset> {
+        let (segment, within) = self.code_segment(address)?;
+        segment.file_offset.0.checked_add(within).map(FileOffset)
+    }
+
+    /// How much code there is in the file from `address` on, as the file has it:
+    /// not verified. 0 if there is none at `address`.
+    #[must_use]
+    pub fn code_bytes_from(&self, address: VirtOffset) -> u64 {
+        self.code_segment(address)
+            .map_or(0, |(segment, within)| segment.file_size - within)
+    }
+
+    /// The executable segment with `address`, and how far in that is.
+    fn code_segment(&self, address: VirtOffset) -> Option<(&Segment, u64)> {
         self.segments
             .iter()
             .filter(|segment| segment.executable)
             .find_map(|segment| {
                 let within = address.0.checked_sub(segment.address.0)?;
-                (within < segment.file_size).then_some(())?;
-                segment.file_offset.0.checked_add(within).map(FileOffset)
+                (within < segment.file_size).then_some((segment, within))
             })
     }
 
@@ -371,6 +384,9 @@ mod tests {
             "first byte"
         );
         assert!(layout.code_offset(last).is_some());
+        assert_eq!(layout.code_bytes_from(text.address), text.file_size);
+        assert_eq!(layout.code_bytes_from(last), 1);
+        assert_eq!(layout.code_bytes_from(VirtOffset(u64::MAX)), 0);
         assert_eq!(layout.code_offset(VirtOffset(u64::MAX)), None);
         let data = layout.segments.iter().find(|s| !s.executable).unwrap();
         assert_eq!(layout.code_offset(data.address), None);

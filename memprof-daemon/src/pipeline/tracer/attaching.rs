@@ -106,7 +106,8 @@ impl Tracer {
         for module in modules {
             let file = &module.file;
             for found in &module.sites {
-                let place = (file.device, file.inode, found.file_offset.0);
+                let file_offset = found.probe_offset();
+                let place = (file.device, file.inode, file_offset.0);
                 if !target.probed.insert(place) {
                     continue;
                 }
@@ -118,7 +119,7 @@ impl Tracer {
                 let path: PathBuf = module.attach_path.clone();
                 sites.push(Site {
                     path,
-                    file_offset: found.file_offset,
+                    file_offset,
                     function: found.function,
                     number,
                 });
@@ -126,7 +127,10 @@ impl Tracer {
                 batch.shown.push(ProbeSite {
                     module: file.path.to_string_lossy().into_owned(),
                     function: found.function.symbol().to_owned(),
-                    file_offset: found.file_offset.0,
+                    file_offset: file_offset.0,
+                    offset: found.point.offset,
+                    instruction: found.point.instruction.clone(),
+                    emulated: found.point.emulated,
                 });
             }
         }
