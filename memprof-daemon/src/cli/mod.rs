@@ -38,8 +38,7 @@ enum Command {
     Daemon(daemon::DaemonArgs),
     /// Ask a running daemon for a profile
     Dump(dump::DumpArgs),
-    /// Can this host do it? One line a requirement, and the mend
-    Check,
+    Check(check::CheckArgs),
 }
 
 /// Parses the command line and does what it says: the one exit point.
@@ -51,7 +50,7 @@ pub fn main() -> ExitCode {
         Command::Record(args) => record::run(args),
         Command::Daemon(args) => daemon::run(args),
         Command::Dump(args) => dump::run(args),
-        Command::Check => check::run(),
+        Command::Check(args) => check::run(&args),
     };
     match result {
         Ok(code) => code,
