@@ -92,6 +92,28 @@ pub extern "C" fn free_entry(ctx: *mut c_void) -> u32 {
     0
 }
 
+/// Does nothing: the floor that the benchmarks measure against, and the trial of
+/// what a return probe does to a program under a seccomp filter.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn empty_entry(_ctx: *mut c_void) -> u32 {
+    0
+}
+
+/// As [`empty_entry`], at return.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn empty_return(_ctx: *mut c_void) -> u32 {
+    0
+}
+
+/// As [`empty_entry`], and in a session the return is not probed.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn empty_session(_ctx: *mut c_void) -> u32 {
+    1
+}
+
 /// A process has replaced its program.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "raw_tp/sched_process_exec")]

@@ -6,7 +6,10 @@ use memprof_common::limits::{
     MAX_SAMPLE_INTERVAL_BYTES, MAX_STACK_DEPTH,
 };
 
-use crate::{pipeline::tracer::TracerOptions, probe::loader::Sizes};
+use crate::{
+    pipeline::tracer::TracerOptions,
+    probe::{loader::Sizes, mode::ModeChoice},
+};
 
 /// How to trace.
 #[derive(Clone, Debug, Args)]
@@ -52,6 +55,11 @@ pub(super) struct TraceArgs {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_IN_FLIGHT_ENTRIES, value_parser = entries())]
     in_flight_entries: u32,
 
+    /// How to attach probes: auto is the best that the kernel has of session,
+    /// multi and perf, in this order
+    #[arg(long, value_name = "MODE", default_value_t = ModeChoice::Auto, env = "MEMPROF_PROBE")]
+    probe: ModeChoice,
+
     /// Show diagnostics of the BPF side
     #[arg(long)]
     bpf_log: bool,
@@ -69,6 +77,7 @@ impl TraceArgs {
                 stack_entries: self.stack_entries,
                 in_flight_entries: self.in_flight_entries,
             },
+            probe_mode: self.probe,
             bpf_log: self.bpf_log,
         }
     }

@@ -2,28 +2,26 @@
 //!
 //! Links cost milliseconds to make and tens of milliseconds to undo (the kernel
 //! waits until no CPU runs the program), so a [`Prober`] lives on a thread of its
-//! own, and links that go together are closed by several threads at once.
-//!
-//! One single uprobe by perf event for each site. aya 0.16 attaches uprobe_multi
-//! itself; until then everything that knows about the way of attaching is here.
+//! own, links carry as many sites as the kernel lets them, and those that go
+//! together are closed by several threads at once.
 
-use std::{collections::HashMap, num::NonZeroU32, path::PathBuf, thread};
-
-use aya::{
-    Ebpf,
-    programs::{
-        ProgramError, UProbe,
-        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
-    },
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    thread,
 };
+
+use aya::Ebpf;
 use memprof_common::{config::AttachCookie, function::Function};
 use thiserror::Error;
 
-use super::loader::{ALLOC_ENTRY, ALLOC_RETURN, FREE_ENTRY};
+use super::{
+    mode::ProbeMode,
+    programs::{Event, Link, LinkError, Programs},
+    seccomp::{self, SeccompError},
+    uprobe_multi::Place,
+};
 use crate::address::FileOffset;
-
-/// How probes are attached: the name of the only mode so far.
-pub const MODE: &str = "perf";
 
 /// One place to probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,138 +37,169 @@ pub struct Site {
     pub number: u16,
 }
 
-/// Why a site could not be probed. No probe of the request stays behind.
+impl Site {
+    fn place(&self, slot: u16) -> Place {
+        Place {
+            file_offset: self.file_offset.0,
+            cookie: AttachCookie::new(slot, self.number, self.function).0,
+        }
+    }
+
+    /// `realloc` and its kin give blocks up too.
+    const fn reallocates(&self) -> bool {
+        matches!(self.function, Function::Realloc | Function::Reallocarray)
+    }
+}
+
+/// Why sites could not be probed. No probe of the request stays behind.
 #[derive(Debug, Error)]
 pub enum AttachError {
     /// The process is gone.
     #[error("the process exited while probes were being attached")]
     Exited,
     /// The kernel refused.
-    #[error("cannot probe {} at file offset {file_offset} of {path}", function.symbol())]
+    #[error("cannot probe {functions} in {}", path.display())]
     Refused {
-        /// The function.
-        function: Function,
-        /// The place.
-        file_offset: FileOffset,
+        /// The functions, each with its file offset.
+        functions: String,
         /// The file.
         path: PathBuf,
         /// The kernel's answer.
         #[source]
-        source: Box<ProgramError>,
+        source: LinkError,
     },
+    /// Probing would or might kill the process.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// The thread that attaches is gone.
     #[error("the thread that attaches probes has ended")]
     Gone,
 }
 
-/// The links of one target.
+/// The links of one target, in the order in which they are taken off: no call
+/// begins that would miss its return, and no block is handed out whose free would
+/// be missed.
 #[derive(Default)]
 struct Links {
-    entries: Vec<UProbeLink>,
-    returns: Vec<UProbeLink>,
+    alloc_entries: Vec<Link>,
+    alloc_returns: Vec<Link>,
+    free_entries: Vec<Link>,
 }
 
 /// The loaded programs and their links.
 pub struct Prober {
+    /// Holds the maps and the tracepoints, and in one mode the programs.
     ebpf: Ebpf,
+    programs: Programs,
+    mode: ProbeMode,
     targets: HashMap<u16, Links>,
+    /// Whether return probes kill processes under a seccomp filter, once tried.
+    seccomp_trial: Option<Result<(), SeccompError>>,
 }
 
 impl std::fmt::Debug for Prober {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Prober")
+            .field("mode", &self.mode)
             .field("targets", &self.targets.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Prober {
-    pub(super) fn new(ebpf: Ebpf) -> Self {
+    pub(super) fn new(ebpf: Ebpf, programs: Programs, mode: ProbeMode) -> Self {
         Self {
             ebpf,
+            programs,
+            mode,
             targets: HashMap::new(),
+            seccomp_trial: None,
         }
+    }
+
+    /// How it attaches.
+    #[must_use]
+    pub const fn mode(&self) -> ProbeMode {
+        self.mode
     }
 
     /// Probes `sites` of process `pid`, the target in `slot`; all of them or
     /// none.
     ///
-    /// A function's return is probed before its entry: a call whose entry was
-    /// seen must not return unseen.
-    ///
     /// # Errors
     ///
     /// [`AttachError`].
     pub fn attach(&mut self, slot: u16, pid: u32, sites: &[Site]) -> Result<(), AttachError> {
+        self.require_harmless(pid)?;
         let mut links = Links::default();
-        for site in sites {
-            if let Err(error) = self.attach_site(slot, pid, site, &mut links) {
-                detach_links(links);
-                return Err(error);
-            }
+        if let Err(error) = self.attach_sites(slot, pid, sites, &mut links) {
+            detach_links(links);
+            return Err(error);
         }
         let held = self.targets.entry(slot).or_default();
-        held.entries.extend(links.entries);
-        held.returns.extend(links.returns);
+        held.alloc_entries.extend(links.alloc_entries);
+        held.alloc_returns.extend(links.alloc_returns);
+        held.free_entries.extend(links.free_entries);
         Ok(())
     }
 
-    fn attach_site(
+    /// In an order in which nothing is missed that matters: a block that is
+    /// sampled must not be freed unseen, and a call whose entry was seen must not
+    /// return unseen. So frees come first, then returns, then entries, those that
+    /// give blocks up too before the others.
+    fn attach_sites(
         &mut self,
         slot: u16,
         pid: u32,
-        site: &Site,
+        sites: &[Site],
         links: &mut Links,
     ) -> Result<(), AttachError> {
-        if site.function.is_free() {
-            links
-                .entries
-                .push(self.attach_program(FREE_ENTRY, slot, pid, site)?);
-        } else {
-            links
-                .returns
-                .push(self.attach_program(ALLOC_RETURN, slot, pid, site)?);
-            links
-                .entries
-                .push(self.attach_program(ALLOC_ENTRY, slot, pid, site)?);
+        let (frees, mut allocs): (Vec<&Site>, Vec<&Site>) =
+            sites.iter().partition(|site| site.function.is_free());
+        allocs.sort_by_key(|site| !site.reallocates());
+        for (event, sites, links) in [
+            (Event::FreeEntry, &frees, &mut links.free_entries),
+            (Event::AllocReturn, &allocs, &mut links.alloc_returns),
+            (Event::AllocEntry, &allocs, &mut links.alloc_entries),
+        ] {
+            let mut files: BTreeMap<&Path, Vec<&Site>> = BTreeMap::new();
+            for &site in sites {
+                files.entry(&site.path).or_default().push(site);
+            }
+            for (path, sites) in files {
+                let places: Vec<Place> = sites.iter().map(|site| site.place(slot)).collect();
+                let attached = self
+                    .programs
+                    .attach(&mut self.ebpf, event, path, &places, pid)
+                    .map_err(|error| refused(path, &sites, error))?;
+                links.extend(attached);
+            }
         }
         Ok(())
     }
 
-    fn attach_program(
-        &mut self,
-        name: &str,
-        slot: u16,
-        pid: u32,
-        site: &Site,
-    ) -> Result<UProbeLink, AttachError> {
-        let pid = NonZeroU32::new(pid).ok_or(AttachError::Exited)?;
-        let refused = |source: ProgramError| {
-            if is_no_such_process(&source) {
-                AttachError::Exited
-            } else {
-                AttachError::Refused {
-                    function: site.function,
-                    file_offset: site.file_offset,
-                    path: site.path.clone(),
-                    source: Box::new(source),
-                }
-            }
-        };
-        let program: &mut UProbe = self
-            .ebpf
-            .program_mut(name)
-            .ok_or(AttachError::Gone)?
-            .try_into()
-            .map_err(refused)?;
-        let point = UProbeAttachPoint {
-            location: UProbeAttachLocation::AbsoluteOffset(site.file_offset.0),
-            cookie: Some(AttachCookie::new(slot, site.number, site.function).0),
-        };
-        program
-            .attach(point, &site.path, UProbeScope::OneProcess(pid))
-            .and_then(|link| program.take_link(link))
-            .map_err(refused)
+    /// Some kernels kill a process under a seccomp filter when a probed function
+    /// returns.
+    fn require_harmless(&mut self, pid: u32) -> Result<(), AttachError> {
+        if !seccomp::is_confined(pid) {
+            return Ok(());
+        }
+        if self.seccomp_trial.is_none() {
+            let (programs, ebpf) = (&self.programs, &mut self.ebpf);
+            let trial = seccomp::try_out(|path, file_offset, child| {
+                let place = Place {
+                    file_offset,
+                    // A slot that belongs to nobody: nothing is recorded.
+                    cookie: AttachCookie::new(u16::MAX, 0, Function::Malloc).0,
+                };
+                programs.attach_to_return(ebpf, path, place, child)
+            });
+            self.seccomp_trial = Some(trial);
+        }
+        match &self.seccomp_trial {
+            Some(Err(error)) => Err(error.clone().into()),
+            _ => Ok(()),
+        }
     }
 
     /// Takes every probe of the target in `slot` off; returns when the last is
@@ -185,38 +214,46 @@ impl Prober {
     pub fn detach_all(&mut self) {
         let mut all = Links::default();
         for (_, links) in self.targets.drain() {
-            all.entries.extend(links.entries);
-            all.returns.extend(links.returns);
+            all.alloc_entries.extend(links.alloc_entries);
+            all.alloc_returns.extend(links.alloc_returns);
+            all.free_entries.extend(links.free_entries);
         }
         detach_links(all);
     }
 }
 
-/// Whether the error is the kernel's ESRCH, however deep aya wraps it.
-fn is_no_such_process(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && io.raw_os_error() == Some(libc::ESRCH)
-        {
-            return true;
-        }
-        cause = error.source();
+fn refused(path: &Path, sites: &[&Site], error: LinkError) -> AttachError {
+    if matches!(error, LinkError::Exited) {
+        return AttachError::Exited;
     }
-    false
+    let functions: Vec<String> = sites
+        .iter()
+        .map(|site| {
+            format!(
+                "{} at file offset {}",
+                site.function.symbol(),
+                site.file_offset
+            )
+        })
+        .collect();
+    AttachError::Refused {
+        functions: functions.join(", "),
+        path: path.to_owned(),
+        source: error,
+    }
 }
 
 /// How many links are closed at the same time. The kernel makes each wait for
 /// the same grace periods, so they may as well wait together.
 const DETACH_THREADS: usize = 16;
 
-/// Entries first: no call begins that would miss its return.
 fn detach_links(links: Links) {
-    detach_batch(links.entries);
-    detach_batch(links.returns);
+    detach_batch(links.alloc_entries);
+    detach_batch(links.alloc_returns);
+    detach_batch(links.free_entries);
 }
 
-fn detach_batch(mut links: Vec<UProbeLink>) {
+fn detach_batch(mut links: Vec<Link>) {
     thread::scope(|scope| {
         let share = links.len().div_ceil(DETACH_THREADS).max(1);
         while !links.is_empty() {

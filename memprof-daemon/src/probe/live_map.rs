@@ -151,7 +151,10 @@ fn map_type(map: &Map) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::probe::loader::{Sizes, load};
+    use crate::probe::{
+        loader::{Sizes, load},
+        mode::ModeChoice,
+    };
     use std::collections::BTreeMap;
 
     /// Check that a reading meets every entry exactly once, over more entries
@@ -162,7 +165,10 @@ mod tests {
             live_entries: 60_000,
             ..Sizes::default()
         };
-        let mut live = load(sizes, false).expect("run as root").maps.live;
+        let mut live = load(sizes, ModeChoice::Auto, false)
+            .expect("run as root")
+            .maps
+            .live;
         assert!(live.read_all().unwrap().is_empty());
         let mut expected = BTreeMap::new();
         for addr in 0..50_000_u64 {

@@ -3,7 +3,7 @@
 use aya::{
     EbpfError, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{ProgramError, RawTracePoint, UProbe},
+    programs::{ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
 use memprof_common::{
@@ -17,7 +17,12 @@ use memprof_common::{
 };
 use thiserror::Error;
 
-use super::{attach::Prober, live_map::LiveMap};
+use super::{
+    attach::Prober,
+    live_map::LiveMap,
+    mode::{ModeChoice, Unsupported},
+    programs::{ProgramLoadError, ProgramSet, Programs},
+};
 
 /// The object that `cargo xtask ebpf` builds and `build.rs` vouches for.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MEMPROF_BPF_OBJECT"));
@@ -59,8 +64,11 @@ pub enum LoadError {
         name: &'static str,
         /// Why.
         #[source]
-        source: Box<ProgramError>,
+        source: ProgramLoadError,
     },
+    /// The way to attach that is wanted is not there.
+    #[error(transparent)]
+    Mode(#[from] Unsupported),
     /// A map is not what this daemon expects: object and daemon do not belong
     /// together.
     #[error("the BPF map `{name}` is missing or of another type")]
@@ -107,16 +115,15 @@ pub struct Loaded {
     pub log: Option<EbpfLogger<&'static dyn log::Log>>,
 }
 
-/// Names of the programs, which `memprof-ebpf/src/main.rs` defines.
-pub(super) const ALLOC_ENTRY: &str = "alloc_entry";
-pub(super) const ALLOC_RETURN: &str = "alloc_return";
-pub(super) const FREE_ENTRY: &str = "free_entry";
+/// Programs, which `memprof-ebpf/src/main.rs` defines, and the tracepoints they
+/// belong to.
 const TRACEPOINTS: [(&str, &str); 2] = [
     ("process_exec", "sched_process_exec"),
     ("thread_exit", "sched_process_exit"),
 ];
 
-/// Loads the object, with its maps in the given sizes.
+/// Loads the object, with its maps in the given sizes and its programs for the
+/// given way of attaching.
 ///
 /// `bpf_log` turns the diagnostics of the BPF side on; without it they cost
 /// nothing, since the verifier removes code behind a constant.
@@ -128,7 +135,8 @@ const TRACEPOINTS: [(&str, &str); 2] = [
 /// # Minimum kernel version
 ///
 /// 5.15: ring buffer (5.8), `bpf_get_attach_cookie` in uprobes (5.15).
-pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
+pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, LoadError> {
+    let mode = mode.resolve()?;
     let log_level: u8 = if bpf_log {
         aya_log::Level::Debug as u8
     } else {
@@ -149,6 +157,9 @@ pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
     } else {
         None
     };
+    // Before the maps go to their owners: here they are all together.
+    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &mut ebpf)
+        .map_err(|(name, source)| LoadError::Program { name, source })?;
     let mut take = |name: &'static str| {
         ebpf.take_map(name)
             .ok_or(LoadError::Map { name, source: None })
@@ -163,14 +174,6 @@ pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
         stacks: typed("STACKS", take("STACKS")?)?,
     };
 
-    for name in [ALLOC_ENTRY, ALLOC_RETURN, FREE_ENTRY] {
-        let program: &mut UProbe = ebpf
-            .program_mut(name)
-            .ok_or(LoadError::NoProgram(name))?
-            .try_into()
-            .map_err(|error| program_error(name, error))?;
-        program.load().map_err(|error| program_error(name, error))?;
-    }
     for (name, tracepoint) in TRACEPOINTS {
         let program: &mut RawTracePoint = ebpf
             .program_mut(name)
@@ -183,7 +186,7 @@ pub fn load(sizes: Sizes, bpf_log: bool) -> Result<Loaded, LoadError> {
             .map_err(|error| program_error(name, error))?;
     }
     Ok(Loaded {
-        prober: Prober::new(ebpf),
+        prober: Prober::new(ebpf, programs, mode),
         maps,
         log,
     })
@@ -206,6 +209,27 @@ fn map_error(name: &'static str, error: MapError) -> LoadError {
 fn program_error(name: &'static str, error: ProgramError) -> LoadError {
     LoadError::Program {
         name,
-        source: Box::new(error),
+        source: ProgramLoadError::Aya(Box::new(error)),
     }
+}
+
+/// Loads empty programs instead of those that trace: what their traps cost is the
+/// floor that tracing is measured against.
+///
+/// # Errors
+///
+/// [`LoadError`]; nothing stays behind in the kernel.
+pub fn load_floor(mode: ModeChoice, entries_only: bool) -> Result<Prober, LoadError> {
+    let mode = mode.resolve()?;
+    let mut ebpf = EbpfLoader::new()
+        .load(OBJECT)
+        .map_err(|error| LoadError::Object(Box::new(error)))?;
+    let set = if entries_only {
+        ProgramSet::EmptyEntriesOnly
+    } else {
+        ProgramSet::Empty
+    };
+    let programs = Programs::load(mode, set, OBJECT, &mut ebpf)
+        .map_err(|(name, source)| LoadError::Program { name, source })?;
+    Ok(Prober::new(ebpf, programs, mode))
 }

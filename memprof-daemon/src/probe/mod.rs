@@ -6,7 +6,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "bpf(2) batch operations, and what must run between fork and exec"
+    reason = "bpf(2) beyond what aya has, and what must run in children before exec"
 )]
 
 pub mod attach;
@@ -15,5 +15,9 @@ mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
+pub mod mode;
 pub mod point;
+pub mod programs;
 pub mod requirements;
+pub mod seccomp;
+pub mod uprobe_multi;

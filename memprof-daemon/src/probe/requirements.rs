@@ -4,6 +4,11 @@ use std::fs;
 
 use nix::unistd::geteuid;
 
+use super::{
+    loader,
+    mode::{ModeChoice, ProbeMode},
+};
+
 /// One thing that memprof needs of its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Requirement {
@@ -56,6 +61,7 @@ pub fn check_host() -> Vec<Requirement> {
     requirements.extend([
         requirement("perf events", perf_events()),
         requirement("BPF", bpf()),
+        requirement("probe modes", probe_modes()),
     ]);
     requirements
 }
@@ -201,13 +207,31 @@ fn perf_events() -> State {
 
 fn bpf() -> State {
     // The real thing: every map, every program, through the verifier.
-    match super::loader::load(super::loader::Sizes::default(), false) {
+    match loader::load(loader::Sizes::default(), ModeChoice::Auto, false) {
         Ok(_) => State::Met("memprof's programs load".to_owned()),
         Err(error) => State::unmet(
             describe(&error),
             "run as root; check kernel.unprivileged_bpf_disabled, lockdown and seccomp filters",
         ),
     }
+}
+
+/// Never unmet: the last of the ways needs nothing beyond the rest.
+fn probe_modes() -> State {
+    let mut there = Vec::new();
+    let mut missing = Vec::new();
+    for mode in ProbeMode::ALL {
+        match mode.try_out() {
+            Ok(()) => there.push(mode.name()),
+            Err(error) => missing.push(format!("; {error}")),
+        }
+    }
+    let best = ProbeMode::best();
+    State::Met(format!(
+        "{}: {best} is used{}",
+        there.join(", "),
+        missing.concat()
+    ))
 }
 
 /// An error with its causes, in one line.

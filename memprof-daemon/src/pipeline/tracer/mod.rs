@@ -45,6 +45,7 @@ use crate::{
         attach::AttachError,
         live_map::LiveMap,
         loader::{self, LoadError, Sizes},
+        mode::{ModeChoice, ProbeMode},
     },
     ring::{
         events::EventRing,
@@ -63,6 +64,8 @@ pub struct TracerOptions {
     pub stack_depth: u32,
     /// Sizes of the BPF maps.
     pub sizes: Sizes,
+    /// How to attach the probes.
+    pub probe_mode: ModeChoice,
     /// Pass on the diagnostics of the BPF side.
     pub bpf_log: bool,
 }
@@ -233,6 +236,7 @@ pub struct Tracer {
     next_slot: u16,
     /// Images that have been replaced and whose books are to be closed.
     replaced: Vec<ImageId>,
+    probe_mode: ProbeMode,
     prober: ProberHandle,
     scanner: Arc<Scanner>,
     log: Option<LogReader>,
@@ -256,7 +260,7 @@ impl Tracer {
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
     pub fn start(options: TracerOptions) -> Result<TracerHandle, StartError> {
-        let loaded = loader::load(options.sizes, options.bpf_log)?;
+        let loaded = loader::load(options.sizes, options.probe_mode, options.bpf_log)?;
         let mmap_events = MmapEvents::open()?;
         let (sender, commands) = mpsc::channel(QUEUE);
         let (live, live_receiver) = watch::channel(0);
@@ -277,6 +281,7 @@ impl Tracer {
             targets: BTreeMap::new(),
             next_slot: 0,
             replaced: Vec::new(),
+            probe_mode: loaded.prober.mode(),
             prober: ProberHandle::spawn(loaded.prober)?,
             scanner: Arc::new(Scanner::default()),
             log,

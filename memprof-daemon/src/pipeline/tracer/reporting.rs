@@ -12,7 +12,6 @@ use crate::{
         capture::{Capture, ImageCapture},
         stats::{ImageStats, ProcessStats, ProcessSummary, Stats},
     },
-    probe::attach::MODE,
     sample::ImageId,
 };
 
@@ -32,7 +31,7 @@ impl Tracer {
             .map(|image| (image.image, image.stacks))
             .collect();
         let mut probe = ProbeInfo {
-            mode: MODE.to_owned(),
+            mode: self.probe_mode.name().to_owned(),
             sites: Vec::new(),
         };
         let mut images = Vec::new();
@@ -87,7 +86,7 @@ impl Tracer {
         Stats {
             version: env!("CARGO_PKG_VERSION"),
             uptime_s: self.started.elapsed().as_secs_f64(),
-            probe_mode: MODE,
+            probe_mode: self.probe_mode.name(),
             sample_interval_bytes: self.options.sample_interval_bytes,
             known_stacks: self.ledger.known_stacks(),
             sweeps: self.sweeps,

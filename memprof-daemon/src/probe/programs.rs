@@ -1,0 +1,308 @@
+//! The probe programs, loaded for one way of attaching.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        ProgramError, UProbe,
+        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
+    },
+};
+use thiserror::Error;
+
+use super::{
+    mode::ProbeMode,
+    uprobe_multi::{self, AttachType, LoadError, Object, Place, ProbeOn},
+};
+
+/// Which programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProgramSet {
+    /// Those that trace.
+    Tracing,
+    /// Empty ones: what the traps alone cost.
+    Empty,
+    /// Empty ones that leave returns alone.
+    EmptyEntriesOnly,
+}
+
+/// Names of the programs, which `memprof-ebpf/src/main.rs` defines. One is
+/// missing where a set does not probe such an event.
+pub(super) struct Names {
+    free_entry: &'static str,
+    alloc_entry: &'static str,
+    alloc_return: Option<&'static str>,
+}
+
+impl ProgramSet {
+    /// In a session one program does both halves of an allocating call.
+    const fn names(self, mode: ProbeMode) -> Names {
+        let session = matches!(mode, ProbeMode::Session);
+        match self {
+            Self::Tracing => Names {
+                free_entry: "free_entry",
+                alloc_entry: if session {
+                    "alloc_session"
+                } else {
+                    "alloc_entry"
+                },
+                alloc_return: if session { None } else { Some("alloc_return") },
+            },
+            Self::Empty => Names {
+                free_entry: "empty_entry",
+                alloc_entry: if session {
+                    "empty_session"
+                } else {
+                    "empty_entry"
+                },
+                alloc_return: if session { None } else { Some("empty_return") },
+            },
+            Self::EmptyEntriesOnly => Names {
+                free_entry: "empty_entry",
+                alloc_entry: if session {
+                    "empty_session"
+                } else {
+                    "empty_entry"
+                },
+                alloc_return: None,
+            },
+        }
+    }
+}
+
+/// An event that a program is run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// A function that gives blocks up is called.
+    FreeEntry,
+    /// A function that hands out blocks is called, in a session also its return.
+    AllocEntry,
+    /// It returns.
+    AllocReturn,
+}
+
+/// One attached program. Dropping it detaches.
+pub(super) enum Link {
+    Multi(#[expect(dead_code, reason = "held for its Drop")] OwnedFd),
+    Perf(#[expect(dead_code, reason = "held for its Drop")] UProbeLink),
+}
+
+/// Why a program could not be attached.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The process is gone.
+    #[error("no such process")]
+    Exited,
+    /// The kernel refused a link of many sites.
+    #[error(transparent)]
+    Multi(io::Error),
+    /// The kernel refused a probe.
+    #[error(transparent)]
+    Perf(Box<ProgramError>),
+}
+
+/// The loaded programs.
+pub(super) enum Programs {
+    /// Attached by links of many sites.
+    Multi {
+        alloc_type: AttachType,
+        free_entry: OwnedFd,
+        alloc_entry: OwnedFd,
+        alloc_return: Option<OwnedFd>,
+    },
+    /// Loaded by aya, and attached by perf events.
+    Perf { names: Names },
+}
+
+impl Programs {
+    /// Loads the programs of `ebpf`, which was made of `object` and still holds
+    /// all of its maps.
+    pub(super) fn load(
+        mode: ProbeMode,
+        set: ProgramSet,
+        object: &[u8],
+        ebpf: &mut Ebpf,
+    ) -> Result<Self, (&'static str, ProgramLoadError)> {
+        let names = set.names(mode);
+        let alloc_type = match mode {
+            ProbeMode::Session => AttachType::Session,
+            ProbeMode::Multi => AttachType::Multi,
+            ProbeMode::Perf => {
+                for name in [
+                    Some(names.free_entry),
+                    Some(names.alloc_entry),
+                    names.alloc_return,
+                ]
+                .into_iter()
+                .flatten()
+                {
+                    let loaded = uprobe(ebpf, name).and_then(|program| match program.load() {
+                        // A set may use a program twice.
+                        Err(ProgramError::AlreadyLoaded) => Ok(()),
+                        result => result,
+                    });
+                    loaded.map_err(|error| (name, ProgramLoadError::Aya(Box::new(error))))?;
+                }
+                return Ok(Self::Perf { names });
+            }
+        };
+        let object =
+            Object::parse(object, ebpf).map_err(|error| (names.alloc_entry, error.into()))?;
+        let load = |name: &'static str, attach_type| {
+            object
+                .load(name, attach_type)
+                .map_err(|error| (name, ProgramLoadError::from(error)))
+        };
+        Ok(Self::Multi {
+            alloc_type,
+            // Frees need no session.
+            free_entry: load(names.free_entry, AttachType::Multi)?,
+            alloc_entry: load(names.alloc_entry, alloc_type)?,
+            alloc_return: names
+                .alloc_return
+                .map(|name| load(name, AttachType::Multi))
+                .transpose()?,
+        })
+    }
+
+    /// Attaches something to the return from one place, in the way that returns
+    /// are probed in this mode.
+    pub(super) fn attach_to_return(
+        &self,
+        ebpf: &mut Ebpf,
+        path: &Path,
+        place: Place,
+        pid: u32,
+    ) -> Result<Vec<Link>, LinkError> {
+        let Self::Multi { alloc_type, .. } = self else {
+            return self.attach(ebpf, Event::AllocReturn, path, &[place], pid);
+        };
+        // In a session the tracing program would leave the return alone: the
+        // place belongs to no target.
+        let on = match alloc_type {
+            AttachType::Session => ProbeOn::Entry,
+            AttachType::Multi => ProbeOn::Return,
+        };
+        let program = uprobe_multi::load_empty(*alloc_type)
+            .map_err(|error| LinkError::Multi(io::Error::other(error)))?;
+        uprobe_multi::attach(program.as_fd(), *alloc_type, on, path, &[place], pid)
+            .map(|link| vec![Link::Multi(link)])
+            .map_err(LinkError::Multi)
+    }
+
+    /// Attaches the program for `event` to places of one file; no link if the
+    /// set has none for it.
+    pub(super) fn attach(
+        &self,
+        ebpf: &mut Ebpf,
+        event: Event,
+        path: &Path,
+        places: &[Place],
+        pid: u32,
+    ) -> Result<Vec<Link>, LinkError> {
+        match self {
+            Self::Multi {
+                alloc_type,
+                free_entry,
+                alloc_entry,
+                alloc_return,
+            } => {
+                let (program, attach_type, on) = match event {
+                    Event::FreeEntry => (Some(free_entry), AttachType::Multi, ProbeOn::Entry),
+                    Event::AllocEntry => (Some(alloc_entry), *alloc_type, ProbeOn::Entry),
+                    Event::AllocReturn => {
+                        (alloc_return.as_ref(), AttachType::Multi, ProbeOn::Return)
+                    }
+                };
+                let Some(program) = program.filter(|_| !places.is_empty()) else {
+                    return Ok(Vec::new());
+                };
+                uprobe_multi::attach(program.as_fd(), attach_type, on, path, places, pid)
+                    .map(|link| vec![Link::Multi(link)])
+                    .map_err(|error| match error.raw_os_error() {
+                        Some(libc::ESRCH) => LinkError::Exited,
+                        _ => LinkError::Multi(error),
+                    })
+            }
+            Self::Perf { names } => {
+                let name = match event {
+                    Event::FreeEntry => Some(names.free_entry),
+                    Event::AllocEntry => Some(names.alloc_entry),
+                    Event::AllocReturn => names.alloc_return,
+                };
+                let Some(name) = name else {
+                    return Ok(Vec::new());
+                };
+                places
+                    .iter()
+                    .map(|place| attach_by_perf(ebpf, name, path, *place, pid))
+                    .collect()
+            }
+        }
+    }
+}
+
+/// Why a program could not be loaded.
+#[derive(Debug, Error)]
+pub enum ProgramLoadError {
+    /// By aya.
+    #[error(transparent)]
+    Aya(Box<ProgramError>),
+    /// By us.
+    #[error(transparent)]
+    Multi(#[from] LoadError),
+}
+
+fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, ProgramError> {
+    ebpf.program_mut(name)
+        .ok_or(ProgramError::NotLoaded)?
+        .try_into()
+}
+
+fn attach_by_perf(
+    ebpf: &mut Ebpf,
+    name: &str,
+    path: &Path,
+    place: Place,
+    pid: u32,
+) -> Result<Link, LinkError> {
+    let Some(process) = std::num::NonZeroU32::new(pid) else {
+        return Err(LinkError::Exited);
+    };
+    let point = UProbeAttachPoint {
+        location: UProbeAttachLocation::AbsoluteOffset(place.file_offset),
+        cookie: Some(place.cookie),
+    };
+    uprobe(ebpf, name)
+        .and_then(|program| {
+            let link = program.attach(point, path, UProbeScope::OneProcess(process))?;
+            program.take_link(link)
+        })
+        .map(Link::Perf)
+        .map_err(|error| {
+            if is_no_such_process(&error) {
+                LinkError::Exited
+            } else {
+                LinkError::Perf(Box::new(error))
+            }
+        })
+}
+
+/// Whether the error is the kernel's ESRCH, however deep aya wraps it.
+fn is_no_such_process(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && io.raw_os_error() == Some(libc::ESRCH)
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
