@@ -1,5 +1,6 @@
-//! memprof's developer commands: `cargo xtask ebpf | test | lint`.
+//! memprof's developer commands: `cargo xtask ebpf | test | bench | lint`.
 
+mod bench;
 mod checks;
 mod ebpf;
 mod provenance;
@@ -22,6 +23,8 @@ usage: cargo xtask COMMAND
   test [FILTER...]  every test, as root (by sudo if need be);
                     with FILTER only the end-to-end tests that match
   unit              the tests within each crate, as root
+  bench [OPTION...] measure memprof beside its peers, as root, and write
+                    docs/benchmarks.md; `bench --help` lists the options
   lint              fmt, clippy and docs, warnings being errors;
                     each also alone: fmt, clippy, docs";
 
@@ -44,6 +47,7 @@ fn dispatch() -> Result<()> {
         ["ebpf", "--check"] => ebpf::ebpf(&workspace, true),
         ["test", ..] => checks::test(&workspace, &arguments[1..]),
         ["unit"] => checks::unit(&workspace),
+        ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),
         ["fmt"] => checks::format(&workspace),
         ["clippy"] => checks::clippy(&workspace),

@@ -1,0 +1,183 @@
+//! What real programs cost under memprof and its peers.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+use super::{
+    context::Context,
+    report::{Outcome, ProgramRow, ProgramTable},
+    stats::{Estimate, ratios},
+    tools::{Left, Tool},
+    workloads::{self, Workload},
+};
+
+/// Rounds of one program after which rows that are not stable are called so.
+const MOST_ROUNDS: usize = 15;
+
+/// How a program is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum How {
+    /// By itself.
+    Plain,
+    /// With a tool put on it before its first allocation, or on a server once it
+    /// is up.
+    Attached(Tool),
+    /// Under heaptrack from its start.
+    Heaptrack,
+}
+
+/// One run of a program.
+pub(super) struct Run {
+    /// For all its work.
+    pub(super) time: Duration,
+    /// Calls of the allocator while it lasted, and who counted them.
+    pub(super) left: Left,
+}
+
+const DEFAULT: Tool = Tool::Memprof {
+    probe: None,
+    interval: None,
+};
+
+/// One program under one tool.
+struct Series {
+    name: &'static str,
+    how: How,
+    outcome: Outcome,
+    seconds: Vec<Option<f64>>,
+}
+
+/// Measures all programs, for as long as `budget` at most.
+///
+/// # Errors
+///
+/// The input of a program cannot be made.
+pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<ProgramTable>> {
+    let workloads = workloads::all(context)?;
+    let share = budget / u32::try_from(workloads.len().max(1))?;
+    let mut tables = Vec::new();
+    for workload in workloads {
+        tables.push(match workload {
+            Ok(workload) => measure_one(context, workload.as_ref(), share),
+            Err((name, why)) => ProgramTable {
+                name: name.to_owned(),
+                calls_per_second: None,
+                calls_source: None,
+                rows: vec![ProgramRow {
+                    name: "none".to_owned(),
+                    outcome: Outcome::Absent(why),
+                    seconds: None,
+                    throughput: None,
+                    over_none: None,
+                }],
+            },
+        });
+    }
+    Ok(tables)
+}
+
+fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> ProgramTable {
+    let deadline = Instant::now() + budget;
+    let absence = |why: Option<String>| why.map_or(Outcome::Measured, Outcome::Absent);
+    let one = |name, how, outcome| Series {
+        name,
+        how,
+        outcome,
+        seconds: Vec::new(),
+    };
+    let mut all = [
+        one("none", How::Plain, Outcome::Measured),
+        one(
+            "memprof, default",
+            How::Attached(DEFAULT),
+            Outcome::Measured,
+        ),
+        one(
+            "bpftrace leak script",
+            How::Attached(Tool::Bpftrace),
+            absence(Tool::Bpftrace.absence(context)),
+        ),
+        one(
+            "heaptrack",
+            How::Heaptrack,
+            absence(context.heaptrack.clone().err()),
+        ),
+    ];
+    // memprof's count is of all calls; bpftrace's of malloc and free.
+    let mut calls: BTreeMap<&'static str, u64> = BTreeMap::new();
+    let mut longest = Duration::ZERO;
+    for round in 1..=MOST_ROUNDS {
+        let started = Instant::now();
+        for series in &mut all {
+            if series.outcome != Outcome::Measured {
+                continue;
+            }
+            match workload.run(context, series.how) {
+                Ok(run) => {
+                    series.seconds.push(Some(run.time.as_secs_f64()));
+                    if let Some((count, source)) = run.left.calls {
+                        calls.insert(source, count);
+                    }
+                }
+                Err(error) => {
+                    eprintln!("  {}: {}: {error:#}", workload.name(), series.name);
+                    series.outcome = Outcome::Failed(format!("{error:#}"));
+                }
+            }
+        }
+        longest = longest.max(started.elapsed());
+        eprintln!(
+            "  {}, round {round}: {:.1} s",
+            workload.name(),
+            started.elapsed().as_secs_f64()
+        );
+        if Instant::now() + longest > deadline || all[1..].iter().all(|one| is_stable(one, &all[0]))
+        {
+            break;
+        }
+    }
+    let plain = Estimate::of(&present(&all[0]));
+    let (source, count) = ["memprof", "bpftrace"]
+        .into_iter()
+        .find_map(|source| Some((source, *calls.get(source)?)))
+        .unzip();
+    ProgramTable {
+        name: workload.name().to_owned(),
+        calls_per_second: count
+            .zip(plain)
+            .map(|(count, plain)| count as f64 / plain.median),
+        calls_source: source.map(str::to_owned),
+        rows: all
+            .iter()
+            .map(|series| row(series, &all[0], workload))
+            .collect(),
+    }
+}
+
+fn present(series: &Series) -> Vec<f64> {
+    series.seconds.iter().flatten().copied().collect()
+}
+
+fn is_stable(series: &Series, none: &Series) -> bool {
+    series.outcome != Outcome::Measured
+        || Estimate::of(&ratios(&series.seconds, &none.seconds))
+            .is_some_and(|estimate| estimate.is_stable())
+}
+
+fn row(series: &Series, none: &Series, workload: &dyn Workload) -> ProgramRow {
+    let is_measured = series.outcome == Outcome::Measured;
+    let seconds = Estimate::of(&present(series)).filter(|_| is_measured);
+    let (units, unit) = workload.units();
+    ProgramRow {
+        name: series.name.to_owned(),
+        outcome: series.outcome.clone(),
+        seconds,
+        throughput: seconds.map(|seconds| (units / seconds.median, unit.to_owned())),
+        over_none: Estimate::of(&ratios(&series.seconds, &none.seconds))
+            .filter(|_| is_measured && series.how != How::Plain),
+    }
+}

@@ -1,0 +1,411 @@
+//! docs/benchmarks.md from the results.
+
+use std::fmt::Write as _;
+
+use super::{
+    bars::{MB, bars},
+    report::{Dump, Outcome, PairTable, ProgramTable, Report, Trace, Verdict},
+    stats::Estimate,
+};
+
+/// The page.
+pub(super) fn markdown(report: &Report) -> String {
+    let mut out = String::from(
+        "# Benchmarks\n\n<!-- Written by `cargo xtask bench`; do not edit. `cargo xtask bench --render FILE` \
+         writes it again from results. -->\n\n",
+    );
+    let host = &report.host;
+    let how = if report.quick {
+        ", with `--quick`: rough numbers"
+    } else {
+        ""
+    };
+    push(
+        &mut out,
+        format!(
+            "Measured {} in {:.0} s{how}, on {} with {} logical processors, Linux {}, {}. memprof is of commit {}.\n",
+            host.date,
+            report.duration_s,
+            host.machine,
+            host.cpus,
+            host.kernel,
+            host.libc,
+            host.commit
+        ),
+    );
+    push(&mut out,
+        "Every number is a median of interleaved rounds; ± is half its 95 % confidence interval. A ratio is \
+         taken within each round, of measurements that follow each other. \"Not stable\" is a ratio whose \
+         interval is 3 % of it or wider, or that has fewer than 5 rounds.\n".to_owned(),
+    );
+    heading(&mut out, "Bars", "| bar | measured | |\n|---|---|---|");
+    for bar in bars(report) {
+        let verdict = match bar.verdict {
+            Verdict::Reached => "reached",
+            Verdict::Missed => "**missed**",
+            Verdict::NotMeasured => "not measured",
+        };
+        push(
+            &mut out,
+            format!("| {} | {} | {verdict} |", bar.name, cell(&bar.value)),
+        );
+    }
+    for table in &report.pair {
+        pair(&mut out, table);
+    }
+    for table in &report.programs {
+        program(&mut out, table);
+    }
+    if let Some(results) = &report.trace {
+        trace(&mut out, results);
+    }
+    if let Some(results) = &report.dump {
+        dump(&mut out, results);
+    }
+    if !report.failures.is_empty() {
+        heading(&mut out, "Failed", "| section | reason |\n|---|---|");
+        for failure in &report.failures {
+            push(
+                &mut out,
+                format!("| {} | {} |", failure.section, cell(&failure.reason)),
+            );
+        }
+    }
+    heading(&mut out, "Versions", "| | |\n|---|---|");
+    for version in &host.versions {
+        push(
+            &mut out,
+            format!("| {} | {} |", version.name, cell(&version.version)),
+        );
+    }
+    out
+}
+
+fn push(out: &mut String, line: String) {
+    out.push_str(&line);
+    out.push('\n');
+}
+
+fn heading(out: &mut String, title: &str, table: &str) {
+    push(out, format!("\n## {title}\n\n{table}"));
+}
+
+/// Text that does not end a table's cell.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
+}
+
+fn ratio(estimate: Option<Estimate>) -> String {
+    estimate.map_or_else(String::new, |estimate| {
+        let digits = if estimate.median < 10.0 { 2 } else { 0 };
+        let half = estimate.median * estimate.spread;
+        format!("{:.digits$} ± {half:.digits$}", estimate.median)
+    })
+}
+
+/// What is to be said of a row beside its numbers.
+fn note(outcome: &Outcome, ratios: &[Option<Estimate>]) -> String {
+    match outcome {
+        Outcome::Absent(why) => format!("absent: {}", cell(why)),
+        Outcome::Failed(why) => format!("**error**: {}", cell(why)),
+        Outcome::Measured if ratios.iter().flatten().any(|ratio| !ratio.is_stable()) => {
+            "not stable".to_owned()
+        }
+        Outcome::Measured => String::new(),
+    }
+}
+
+fn pair(out: &mut String, table: &PairTable) {
+    let threads = if table.threads == 1 {
+        "thread"
+    } else {
+        "threads"
+    };
+    heading(
+        out,
+        &format!("{} ({} {threads})", capital(&table.name), table.threads),
+        &format!(
+            "| tool | ns a {} | over none | over its floor | rounds | |\n|---|---|---|---|---|---|",
+            table.operation
+        ),
+    );
+    for row in &table.rows {
+        let ns = row.ns.map_or_else(String::new, |ns| {
+            let digits = usize::from(ns.median < 1000.0);
+            format!("{:.digits$}", ns.median)
+        });
+        let rounds = row.ns.map_or_else(String::new, |ns| ns.rounds.to_string());
+        push(
+            out,
+            format!(
+                "| {} | {ns} | {} | {} | {rounds} | {} |",
+                row.name,
+                ratio(row.over_none),
+                ratio(row.over_floor),
+                note(&row.outcome, &[row.over_none, row.over_floor])
+            ),
+        );
+    }
+}
+
+fn program(out: &mut String, table: &ProgramTable) {
+    heading(
+        out,
+        &capital(&table.name),
+        "| tool | seconds | work a second | time over none | rounds | |\n|---|---|---|---|---|---|",
+    );
+    for row in &table.rows {
+        let seconds = row
+            .seconds
+            .map_or_else(String::new, |seconds| format!("{:.3}", seconds.median));
+        let rounds = row
+            .seconds
+            .map_or_else(String::new, |seconds| seconds.rounds.to_string());
+        let work = row.throughput.as_ref();
+        let work = work.map_or_else(String::new, |(rate, unit)| format!("{rate:.0} {unit}"));
+        push(
+            out,
+            format!(
+                "| {} | {seconds} | {work} | {} | {rounds} | {} |",
+                row.name,
+                ratio(row.over_none),
+                note(&row.outcome, &[row.over_none])
+            ),
+        );
+    }
+    if let (Some(calls), Some(source)) = (table.calls_per_second, &table.calls_source) {
+        push(
+            out,
+            format!(
+                "\n{calls:.0} calls of the allocator a second without a tool, as counted by {source}."
+            ),
+        );
+    }
+}
+
+fn losses(dropped: &[(String, u64)]) -> String {
+    if dropped.is_empty() {
+        return "none".to_owned();
+    }
+    let words: Vec<String> = dropped
+        .iter()
+        .map(|(cause, count)| format!("{cause} {count}"))
+        .collect();
+    words.join(", ")
+}
+
+fn trace(out: &mut String, trace: &Trace) {
+    heading(
+        out,
+        &format!(
+            "Every allocation of {} busy threads (probe mode {})",
+            trace.threads, trace.probe_mode
+        ),
+        "| live blocks | calls/s | events booked | dropped | daemon s per million events | daemon cores | \
+         in-use objects: program, profile | in-use bytes: program, profile |\n|---|---|---|---|---|---|---|---|",
+    );
+    for run in &trace.runs {
+        push(
+            out,
+            format!(
+                "| {} | {:.0} | {} | {} | {:.2} | {:.2} | {}, {} | {}, {} |",
+                run.live,
+                run.calls as f64 / run.seconds,
+                run.events,
+                losses(&run.dropped),
+                run.daemon_cpu_s * 1e6 / run.events.max(1) as f64,
+                run.daemon_cpu_s / run.seconds,
+                run.inuse_objects.0,
+                run.inuse_objects.1,
+                run.inuse_bytes.0,
+                run.inuse_bytes.1
+            ),
+        );
+    }
+    push(
+        out,
+        format!(
+            "\nResident memory of the daemon: {:.0} MB with nothing live, then {:.0} bytes for each of {} live blocks \
+         of one stack.",
+            trace.idle_rss_bytes as f64 / MB,
+            trace.rss_bytes_per_block,
+            trace.live_blocks
+        ),
+    );
+}
+
+fn dump(out: &mut String, dump: &Dump) {
+    heading(
+        out,
+        &format!(
+            "Attach, dump, detach: {} live blocks of {} stacks",
+            dump.live, dump.stacks
+        ),
+        "| what | measured |\n|---|---|",
+    );
+    let ms = |ms: Option<f64>| ms.map_or_else(|| "not told".to_owned(), |ms| format!("{ms:.1} ms"));
+    let all = |seconds: &[f64]| {
+        let words: Vec<String> = seconds.iter().map(|one| format!("{one:.2}")).collect();
+        format!("{} s", words.join(", "))
+    };
+    let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / MB);
+    for (what, measured) in [
+        ("blocks in the profile", dump.profile_live.to_string()),
+        ("stacks the daemon knows", dump.known_stacks.to_string()),
+        ("dropped events on the way", losses(&dump.dropped)),
+        ("sites probed", dump.sites.to_string()),
+        (
+            "attach: start of the daemon until it listens",
+            ms(Some(dump.attach_clock_ms)),
+        ),
+        ("attach: what the daemon tells", ms(dump.attach_ms)),
+        (
+            "detach: SIGTERM until the daemon has ended, program going on",
+            ms(Some(dump.detach_clock_ms)),
+        ),
+        (
+            "detach: what the daemon tells, program ended",
+            ms(dump.detach_ms),
+        ),
+        ("JSON, one after the other", all(&dump.json_s)),
+        ("size of the JSON", mb(dump.json_bytes)),
+        ("pprof, one after the other", all(&dump.pprof_s)),
+        ("size of the pprof file", mb(dump.pprof_bytes)),
+        ("daemon resident: nothing live", mb(dump.idle_rss_bytes)),
+        ("daemon resident: all booked", mb(dump.loaded_rss_bytes)),
+        ("daemon resident: after the dumps", mb(dump.rss_bytes)),
+        ("daemon resident: peak", mb(dump.rss_peak_bytes)),
+        ("BPF maps, kernel memory", mb(dump.bpf_maps_bytes)),
+    ] {
+        push(out, format!("| {what} | {measured} |"));
+    }
+}
+
+fn capital(text: &str) -> String {
+    let mut out = String::new();
+    let mut letters = text.chars();
+    if let Some(first) = letters.next() {
+        let _ = write!(out, "{}{}", first.to_uppercase(), letters.as_str());
+    }
+    out
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::{super::report::*, *};
+
+    fn estimate(median: f64) -> Option<Estimate> {
+        Some(Estimate {
+            median,
+            spread: 0.01,
+            rounds: 9,
+        })
+    }
+
+    fn row(name: &str, ns: f64, floor: Option<(&str, f64)>) -> PairRow {
+        PairRow {
+            name: name.to_owned(),
+            outcome: Outcome::Measured,
+            ns: estimate(ns),
+            over_none: estimate(ns / 10.0),
+            floor: floor.map(|(name, _)| name.to_owned()),
+            over_floor: floor.and_then(|(_, ratio)| estimate(ratio)),
+        }
+    }
+
+    /// Results with a floor, a peer, one that is absent, and no section `dump`.
+    pub(in super::super) fn example() -> Report {
+        let mut memleak = row("bcc memleak", 0.0, None);
+        memleak.outcome = Outcome::Absent("not installed: bpfcc-tools".to_owned());
+        (memleak.ns, memleak.over_none) = (None, None);
+        Report {
+            schema: SCHEMA.to_owned(),
+            host: Host {
+                date: "2026-01-02T03:04:05Z".to_owned(),
+                machine: "a machine".to_owned(),
+                cpus: 2,
+                kernel: "6.18".to_owned(),
+                libc: "glibc 2.36".to_owned(),
+                commit: "0123456789ab".to_owned(),
+                versions: Vec::new(),
+            },
+            quick: true,
+            duration_s: 100.0,
+            pair: vec![PairTable {
+                name: "malloc and free".to_owned(),
+                operation: "pair".to_owned(),
+                threads: 1,
+                rows: vec![
+                    row("none", 10.0, None),
+                    row("floor session", 1000.0, None),
+                    row("memprof session", 1050.0, Some(("floor session", 1.05))),
+                    row("bpftrace leak script", 9000.0, None),
+                    memleak,
+                ],
+            }],
+            programs: Vec::new(),
+            trace: Some(Trace {
+                threads: 2,
+                probe_mode: "session".to_owned(),
+                runs: vec![TraceRun {
+                    live: 10,
+                    seconds: 2.0,
+                    calls: 100,
+                    events: 100,
+                    dropped: Vec::new(),
+                    daemon_cpu_s: 0.5,
+                    inuse_objects: (10, 10),
+                    inuse_bytes: (160, 160),
+                }],
+                idle_rss_bytes: 1,
+                live_blocks: 1,
+                rss_bytes_per_block: 1.0,
+            }),
+            dump: None,
+            failures: Vec::new(),
+            bars: Vec::new(),
+        }
+    }
+
+    /// Check that a page has the bars, ratios with their spread, and who is absent.
+    #[test]
+    fn page() {
+        let page = markdown(&example());
+        assert!(
+            page.contains("<= 1.10 | 1.050 ± 0.011 | reached |"),
+            "{page}"
+        );
+        assert!(
+            page.contains("| memprof session | 1050 | 105 ± 1 | 1.05 ± 0.01 | 9 |  |"),
+            "{page}"
+        );
+        assert!(
+            page.contains("| absent: not installed: bpfcc-tools |"),
+            "{page}"
+        );
+    }
+
+    /// Check that results read back from JSON give the same page.
+    #[test]
+    fn round_trip() {
+        let report = example();
+        let json = serde_json::to_string(&report).expect("JSON");
+        let read: Report = serde_json::from_str(&json).expect("results");
+        assert_eq!(markdown(&read), markdown(&report));
+    }
+
+    /// Check that an unstable ratio is called so, and text cannot break a table.
+    #[test]
+    fn notes() {
+        let loose = Estimate {
+            median: 2.0,
+            spread: 0.2,
+            rounds: 9,
+        };
+        assert_eq!(note(&Outcome::Measured, &[Some(loose)]), "not stable");
+        assert_eq!(
+            note(&Outcome::Failed("a|b\nc".to_owned()), &[]),
+            "**error**: a\\|b c"
+        );
+    }
+}
