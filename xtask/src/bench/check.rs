@@ -41,7 +41,7 @@ pub(super) fn profile(profile: &Value, exact: bool, work: Option<Work>) -> Resul
         samples += field("samples")?;
     }
     let total = |name: &str| process["totals"][name].as_u64();
-    let calls = total("alloc_calls").map(|allocs| allocs + total("free_calls").unwrap_or(0));
+    let calls = all_calls(profile);
     let Some(work) = work else {
         return Ok(calls);
     };
@@ -77,6 +77,16 @@ pub(super) fn profile(profile: &Value, exact: bool, work: Option<Work>) -> Resul
         bail!("it has no sample of {} bytes", work.bytes);
     }
     Ok(calls)
+}
+
+/// Calls that memprof counted, over all images of a process that was replaced.
+fn all_calls(profile: &Value) -> Option<u64> {
+    let images = profile["processes"].as_array()?;
+    let calls = images.iter().filter_map(|image| {
+        let total = |name: &str| image["totals"][name].as_u64();
+        Some(total("alloc_calls")? + total("free_calls").unwrap_or(0))
+    });
+    calls.reduce(|sum, calls| sum + calls)
 }
 
 /// The stacks of a process in a profile.

@@ -83,6 +83,7 @@ impl Batch {
     fn run_gated(&self, context: &Context, how: How) -> Result<Run> {
         let mut command = Command::new(context.file("gate"));
         let mut process = Process::spawn(command.args(&self.command))?;
+        process.wait_stdout(LIMIT, |line| line == "ready")?;
         let attached = match how {
             How::Attached(tool) => {
                 let pid = process.pid();
