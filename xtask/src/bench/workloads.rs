@@ -223,7 +223,7 @@ fn seconds(csv: &str, requests: u32) -> Result<Duration> {
 }
 
 fn sqlite(context: &Context) -> Result<Candidate> {
-    let rows: u32 = context.pick(300_000, 100_000);
+    let rows: u32 = context.pick(150_000, 40_000);
     let sql = context.file("index.sql");
     fs::write(
         &sql,
@@ -282,7 +282,7 @@ fn python(context: &Context) -> Result<Candidate> {
 }
 
 fn compiler(context: &Context) -> Result<Candidate> {
-    let functions: u32 = context.pick(3_000, 1_000);
+    let functions: u32 = context.pick(600, 150);
     let mut text = String::new();
     for i in 0..functions {
         writeln!(
