@@ -99,6 +99,9 @@ fn ratio(estimate: Option<Estimate>) -> String {
     estimate.map_or_else(String::new, |estimate| {
         let digits = if estimate.median < 10.0 { 2 } else { 0 };
         let half = estimate.median * estimate.spread;
+        if estimate.rounds < 2 {
+            return format!("{:.digits$}", estimate.median);
+        }
         format!("{:.digits$} ± {half:.digits$}", estimate.median)
     })
 }

@@ -5,16 +5,18 @@ use std::{
     fs,
     path::PathBuf,
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 
 use super::{
+    check,
     context::{Context, installed},
     process::{LIMIT, Process, run},
     programs::{How, Run},
-    tools::Left,
+    tools::{Left, Tool},
 };
 
 /// The longest that a program may take under any tool.
@@ -71,6 +73,7 @@ impl Workload for Batch {
 
     fn run(&self, context: &Context, how: How) -> Result<Run> {
         match how {
+            How::Attached(tool @ Tool::Memprof { .. }) => self.run_memprof(context, tool),
             How::Plain | How::Attached(_) => self.run_gated(context, how),
             How::Heaptrack => self.run_heaptrack(context),
         }
@@ -97,13 +100,38 @@ impl Batch {
         process.close_stdin();
         let finished = process.finish(LONG_LIMIT)?.success(self.name)?;
         let left = match attached {
-            // memprof ends with its target, and bpftrace with -p too.
             Some(attached) => attached.detach(None)?,
             None => Left::default(),
         };
         Ok(Run {
             time: finished.ended - started,
             left,
+        })
+    }
+
+    /// memprof starts it: put on the gate, it would have to look anew at the program
+    /// that replaces it, and miss what that does meanwhile.
+    fn run_memprof(&self, context: &Context, tool: Tool) -> Result<Run> {
+        let profile = context.file("attached.json");
+        let _ = fs::remove_file(&profile);
+        let mut command = Command::new(&context.memprof);
+        command.arg("record").args(tool.memprof_arguments());
+        command
+            .arg("-o")
+            .arg(&profile)
+            .arg("--")
+            .args(&self.command);
+        let mut process = Process::spawn(&mut command)?;
+        process.close_stdin();
+        let time = time_of_child(process.pid()).context(self.name)?;
+        process.finish(LONG_LIMIT)?.success("memprof")?;
+        let profile = serde_json::from_slice(&fs::read(&profile)?)?;
+        let calls = check::profile(&profile, false, None)?;
+        Ok(Run {
+            time,
+            left: Left {
+                calls: calls.map(|calls| (calls, "memprof")),
+            },
         })
     }
 
@@ -121,6 +149,58 @@ impl Batch {
             left: Left::default(),
         })
     }
+}
+
+/// How long the child of process `parent` has run: from when its parent last held
+/// it back, to when it ended, both to a millisecond.
+fn time_of_child(parent: u32) -> Result<Duration> {
+    let deadline = Instant::now() + LONG_LIMIT;
+    let parent_exe = fs::read_link(format!("/proc/{parent}/exe"))?;
+    let mut started = None;
+    let mut child = None;
+    while Instant::now() < deadline {
+        child = child.or_else(|| child_of(parent));
+        if let Some(pid) = child {
+            let now = Instant::now();
+            match state(pid) {
+                None | Some('Z') => {
+                    let started = started.context("its start was missed")?;
+                    return Ok(now - started);
+                }
+                Some(_) => {
+                    let exe = fs::read_link(format!("/proc/{pid}/exe"));
+                    let is_held = is_held(pid);
+                    if is_held || exe.is_ok_and(|exe| exe == parent_exe) {
+                        started = Some(now);
+                    }
+                }
+            }
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    bail!("it does not end")
+}
+
+/// A child of process `parent`, whichever of its threads made it.
+fn child_of(parent: u32) -> Option<u32> {
+    let tasks = fs::read_dir(format!("/proc/{parent}/task")).ok()?;
+    tasks.flatten().find_map(|task| {
+        let children = fs::read_to_string(task.path().join("children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    })
+}
+
+/// Whether memprof holds a child in the call that sets up its main thread,
+/// `arch_prctl` or `set_tid_address` by their numbers on x86-64.
+fn is_held(pid: u32) -> bool {
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    matches!(call.split_whitespace().next(), Some("158" | "218"))
+}
+
+/// The state of a process, a letter of proc_pid_stat(5).
+fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 fn heaptrack(context: &Context, command: &[String]) -> Result<Command> {
