@@ -152,14 +152,14 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
         .load(OBJECT)
         .map_err(|error| LoadError::Object(Box::new(error)))?;
 
+    // Before the maps go to their owners: here they are all together.
+    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &mut ebpf)
+        .map_err(|(name, source)| LoadError::Program { name, source })?;
     let log = if bpf_log {
         Some(EbpfLogger::init(&mut ebpf).map_err(LoadError::Log)?)
     } else {
         None
     };
-    // Before the maps go to their owners: here they are all together.
-    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &mut ebpf)
-        .map_err(|(name, source)| LoadError::Program { name, source })?;
     let mut take = |name: &'static str| {
         ebpf.take_map(name)
             .ok_or(LoadError::Map { name, source: None })
