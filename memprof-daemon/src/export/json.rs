@@ -6,7 +6,7 @@ use std::{
     collections::BTreeMap,
     io::{self, BufWriter, Write},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use serde::{Serialize, Serializer};
@@ -16,6 +16,7 @@ use crate::{
         line::{FrameLine, build_id, lines, mapped_file, module},
         numbers::{Numbers, by_inuse},
         profile::{ProbeSite, ProcessProfile, Profile, StackProfile},
+        totals::{CallTotals, SizeClass},
     },
     symbolize::frame::Frame,
 };
@@ -76,8 +77,7 @@ impl<'a> From<&'a Profile> for Document<'a> {
         Self {
             schema: SCHEMA,
             captured_at: rfc_3339(profile.captured_at),
-            // Nobody reads more than milliseconds in it.
-            duration_s: (profile.duration.as_secs_f64() * 1e3).round() / 1e3,
+            duration_s: seconds(profile.duration),
             kernel: &profile.kernel,
             arch: &profile.arch,
             sample_interval_bytes: profile.sample_interval_bytes,
@@ -96,6 +96,11 @@ pub(crate) fn rfc_3339(time: SystemTime) -> String {
     humantime::format_rfc3339_millis(time.max(SystemTime::UNIX_EPOCH)).to_string()
 }
 
+/// Nobody reads more than milliseconds in it.
+fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e3).round() / 1e3
+}
+
 struct Processes<'a>(&'a [ProcessProfile]);
 
 impl Serialize for Processes<'_> {
@@ -111,7 +116,10 @@ struct Process<'a> {
     exe: &'a str,
     start_time: String,
     exited: bool,
+    traced_s: f64,
     memory: Option<Memory>,
+    totals: Option<CallTotals>,
+    size_histogram: Option<&'a [SizeClass]>,
     losses: &'a BTreeMap<&'static str, u64>,
     stacks: Stacks<'a>,
 }
@@ -134,6 +142,7 @@ impl<'a> From<&'a ProcessProfile> for Process<'a> {
             exe: &process.exe,
             start_time: rfc_3339(process.start_time),
             exited: process.exited,
+            traced_s: seconds(process.traced),
             memory: process.memory.map(|memory| Memory {
                 rss_bytes: memory.rss_bytes,
                 rss_anon_bytes: memory.rss_anon_bytes,
@@ -142,6 +151,11 @@ impl<'a> From<&'a ProcessProfile> for Process<'a> {
                 swap_bytes: memory.swap_bytes,
                 virtual_bytes: memory.virtual_bytes,
             }),
+            totals: process.totals.as_ref().map(|totals| totals.calls),
+            size_histogram: process
+                .totals
+                .as_ref()
+                .map(|totals| totals.size_histogram.as_slice()),
             losses: &process.losses,
             stacks: Stacks(process),
         }

@@ -12,6 +12,7 @@ pub mod profile;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod totals;
 pub mod units;
 
 use std::{

@@ -7,7 +7,9 @@ use std::{
 };
 
 pub use crate::process::info::ProcessMemory;
-use crate::{ledger::snapshot::StackCounters, symbolize::frame::Frame};
+use crate::{
+    export::totals::ExactTotals, ledger::snapshot::StackCounters, symbolize::frame::Frame,
+};
 
 /// A heap profile of one or more processes.
 #[derive(Clone, Debug)]
@@ -72,6 +74,10 @@ pub struct ProcessProfile {
     pub memory: Option<ProcessMemory>,
     /// What was lost, by cause; every cause is present, also with 0.
     pub losses: BTreeMap<&'static str, u64>,
+    /// For how long it was traced.
+    pub traced: Duration,
+    /// All of its calls, counted exactly; none if they are not known.
+    pub totals: Option<ExactTotals>,
     /// Its stacks.
     pub stacks: Vec<StackProfile>,
 }

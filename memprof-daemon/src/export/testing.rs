@@ -11,7 +11,10 @@ use std::{
 
 use crate::{
     address::{AbsAddr, FileOffset},
-    export::profile::{ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile, StackProfile},
+    export::{
+        profile::{ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile, StackProfile},
+        totals::{CallTotals, ExactTotals, SizeClass},
+    },
     ledger::snapshot::StackCounters,
     process::mapping::{MappedFile, Mapping},
     symbolize::frame::{Frame, FrameName, FunctionLine, UnknownReason},
@@ -113,6 +116,8 @@ pub(crate) fn profile() -> Profile {
                     swap_bytes: 0,
                     virtual_bytes: 900_000_000,
                 }),
+                traced: Duration::from_millis(30_042),
+                totals: Some(totals()),
                 losses: BTreeMap::from([("alloc_ring_full", 12), ("live_map_full", 0)]),
                 stacks,
             },
@@ -123,6 +128,8 @@ pub(crate) fn profile() -> Profile {
                 start_time: SystemTime::UNIX_EPOCH,
                 exited: true,
                 memory: None,
+                traced: Duration::from_millis(12),
+                totals: None,
                 losses: BTreeMap::new(),
                 stacks: vec![stack(
                     leak(&other_program),
@@ -134,6 +141,28 @@ pub(crate) fn profile() -> Profile {
     }
 }
 
+fn totals() -> ExactTotals {
+    let class = |min_bytes, max_bytes, calls| SizeClass {
+        min_bytes,
+        max_bytes,
+        calls,
+    };
+    ExactTotals {
+        calls: CallTotals {
+            alloc_calls: 2029,
+            alloc_bytes: 10_585_915,
+            free_calls: 1205,
+        },
+        size_histogram: vec![
+            class(0, Some(0), 3),
+            class(64, Some(127), 1000),
+            class(1024, Some(2047), 1),
+            class(8192, Some(16_383), 1024),
+            class(1 << 42, None, 1),
+        ],
+    }
+}
+
 /// One process that made no samples.
 pub(crate) fn empty_profile() -> Profile {
     let mut profile = profile();
@@ -141,6 +170,7 @@ pub(crate) fn empty_profile() -> Profile {
     for process in &mut profile.processes {
         process.stacks.clear();
         process.losses.clear();
+        process.totals = Some(ExactTotals::default());
     }
     profile
 }

@@ -26,6 +26,20 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
+/// From one number of bytes to another, the unit once if both have the same:
+/// `5.2 to 12.4 MiB`, `91 KiB to 2.4 MiB`; one number if they read the same.
+#[must_use]
+pub fn range(low: u64, high: u64) -> String {
+    let (low, high) = (bytes(low), bytes(high));
+    if low == high {
+        return low;
+    }
+    match (low.rsplit_once(' '), high.rsplit_once(' ')) {
+        (Some((number, unit)), Some((_, same))) if unit == same => format!("{number} to {high}"),
+        _ => format!("{low} to {high}"),
+    }
+}
+
 /// A count with its thousands apart: `1,022,020`.
 #[must_use]
 pub fn count(count: u64) -> String {
@@ -86,6 +100,21 @@ mod tests {
             (u64::MAX, "16 EiB"),
         ] {
             assert_eq!(bytes(number), expected, "{number}");
+        }
+    }
+
+    /// Check that a unit is said once where that is enough, and equal ends too.
+    #[test]
+    fn ranges() {
+        for (low, high, expected) in [
+            (16, 31, "16 to 31 B"),
+            (1, 1, "1 B"),
+            (1024, 2047, "1 to 2 KiB"),
+            (93_184, 2_516_582, "91 KiB to 2.4 MiB"),
+            (0, 4096, "0 B to 4 KiB"),
+            (10_485_760, 10_485_761, "10 MiB"),
+        ] {
+            assert_eq!(range(low, high), expected);
         }
     }
 

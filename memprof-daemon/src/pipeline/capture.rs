@@ -7,7 +7,10 @@ use std::{
 };
 
 use crate::{
-    export::profile::{ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
+    export::{
+        profile::{ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
+        totals::ExactTotals,
+    },
     ledger::StackSnapshot,
     process::{info::ProcessInfo, mapping::MappingTable},
     symbolize::{
@@ -40,6 +43,10 @@ pub struct ImageCapture {
     pub exited: bool,
     /// What the kernel says it holds.
     pub memory: Option<ProcessMemory>,
+    /// For how long it was traced.
+    pub traced: Duration,
+    /// All of its calls, counted exactly; none if they are not known.
+    pub totals: Option<ExactTotals>,
     /// What was lost.
     pub losses: BTreeMap<&'static str, u64>,
     /// Its mappings.
@@ -84,6 +91,8 @@ impl Capture {
                 start_time: image.info.start_time,
                 exited: image.exited,
                 memory: image.memory,
+                traced: image.traced,
+                totals: image.totals,
                 losses: image.losses,
                 stacks: trimmed
                     .stacks

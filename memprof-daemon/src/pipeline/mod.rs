@@ -15,4 +15,5 @@ mod scan;
 pub mod service;
 pub mod stats;
 pub mod target;
+mod totals;
 pub mod tracer;

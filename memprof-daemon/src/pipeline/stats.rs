@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::ledger::EventTally;
+use crate::{
+    export::totals::{CallTotals, ExactTotals, SizeClass},
+    ledger::EventTally,
+};
 
 /// The tracer at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -92,14 +95,19 @@ pub struct ImageStats {
     pub restored_allocations: u64,
     /// Losses by cause.
     pub dropped_events: BTreeMap<&'static str, u64>,
+    /// All calls, counted exactly; null if they are not known.
+    pub totals: Option<CallTotals>,
+    /// Allocating calls by size; null with `totals`.
+    pub size_histogram: Option<Vec<SizeClass>>,
 }
 
 impl ImageStats {
-    pub(super) const fn new(
+    pub(super) fn new(
         epoch: u32,
         live: u64,
         tally: EventTally,
         dropped_events: BTreeMap<&'static str, u64>,
+        totals: Option<ExactTotals>,
     ) -> Self {
         Self {
             epoch,
@@ -113,6 +121,8 @@ impl ImageStats {
             swept_frees: tally.swept_frees,
             restored_allocations: tally.restored_allocations,
             dropped_events,
+            totals: totals.as_ref().map(|totals| totals.calls),
+            size_histogram: totals.map(|totals| totals.size_histogram),
         }
     }
 }

@@ -5,10 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use memprof_common::counters::{COUNTERS, DropReason};
+use memprof_common::{
+    counters::{COUNTERS, DropReason},
+    totals::TargetTotals,
+};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+use super::totals::ImageTotals;
 use crate::{
     export::profile::{ProbeSite, ProcessMemory},
     ledger::EventTally,
@@ -82,6 +86,12 @@ pub(super) struct Image {
     pub(super) mappings: MappingTable,
     /// The last reading.
     pub(super) memory: Option<ProcessMemory>,
+    /// Exact totals.
+    pub(super) totals: ImageTotals,
+    /// Traced from here ...
+    since: Instant,
+    /// ... to here, once it has ended.
+    until: Option<Instant>,
     /// Losses of the target before this image, which are not its own.
     losses_before: [u64; COUNTERS],
     /// Losses of the target at the end of this image, once it has ended.
@@ -89,7 +99,9 @@ pub(super) struct Image {
 }
 
 impl Image {
-    pub(super) const fn new(
+    /// The first image's totals begin at zero; a later one's base is the
+    /// caller's to set.
+    pub(super) fn new(
         id: ImageId,
         info: ProcessInfo,
         mappings: MappingTable,
@@ -100,6 +112,9 @@ impl Image {
             info,
             mappings,
             memory: None,
+            totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
+            since: Instant::now(),
+            until: None,
             losses_before,
             losses_at_end: None,
         }
@@ -115,8 +130,15 @@ impl Image {
         }
     }
 
-    pub(super) const fn end(&mut self, losses: [u64; COUNTERS]) {
+    pub(super) fn end(&mut self, losses: [u64; COUNTERS]) {
         self.losses_at_end = Some(losses);
+        self.until = Some(Instant::now());
+    }
+
+    /// For how long it was traced.
+    pub(super) fn traced(&self) -> Duration {
+        let until = self.until.unwrap_or_else(Instant::now);
+        until.saturating_duration_since(self.since)
     }
 
     pub(super) const fn ended(&self) -> bool {
@@ -208,6 +230,11 @@ pub(super) struct Target {
     pub(super) detach_time: Option<Duration>,
     /// Losses when it was last swept for.
     pub(super) swept_losses: [u64; COUNTERS],
+    /// How many `execve`s BPF has told of.
+    pub(super) execs_told: u32,
+    /// What the exact totals of the next image begin with; none if that is not
+    /// known.
+    pub(super) next_totals_base: Option<TargetTotals>,
 }
 
 impl Target {
@@ -230,6 +257,8 @@ impl Target {
             attach_time: Duration::ZERO,
             detach_time: None,
             swept_losses: [0; COUNTERS],
+            execs_told: 0,
+            next_totals_base: Some(TargetTotals::default()),
         }
     }
 

@@ -46,6 +46,8 @@ fn schema_refuses_broken_documents() {
         ("/processes/0/pid", json!("4242")),
         ("/processes/0/memory", json!({"rss_bytes": 1})),
         ("/processes/0/losses/alloc_ring_full", json!(1.5)),
+        ("/processes/0/totals/free_calls", json!(-1)),
+        ("/processes/0/size_histogram/0", json!({"calls": 1})),
         ("/processes/0/stacks/0/inuse_bytes", json!(8_388_608.25)),
         ("/processes/0/stacks/0/frames", json!([])),
         ("/processes/0/stacks/0/frames/0", json!({})),
@@ -83,6 +85,18 @@ fn content() {
     );
     assert_eq!(leaky["memory"]["rss_anon_bytes"], 42_000_000);
     assert_eq!(document["processes"][1]["memory"], Value::Null);
+    assert_eq!(leaky["traced_s"], 30.042);
+    assert_eq!(
+        leaky["totals"],
+        json!({"alloc_calls": 2029, "alloc_bytes": 10_585_915, "free_calls": 1205})
+    );
+    assert_eq!(
+        leaky["size_histogram"][1],
+        json!({"min_bytes": 64, "max_bytes": 127, "calls": 1000})
+    );
+    assert_eq!(leaky["size_histogram"][4]["max_bytes"], Value::Null);
+    assert_eq!(document["processes"][1]["totals"], Value::Null);
+    assert_eq!(document["processes"][1]["size_histogram"], Value::Null);
 
     assert_eq!(
         leaky["stacks"][0],

@@ -1,4 +1,6 @@
-use super::*;
+use std::time::Duration;
+
+use super::{header::duration, *};
 use crate::export::testing;
 
 fn text(profile: &Profile, options: &Options) -> String {

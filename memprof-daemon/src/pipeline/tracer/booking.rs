@@ -38,7 +38,12 @@ impl Tracer {
                 self.meet_image(free.key.image, None);
                 self.ledger.free(free);
             }
-            Sample::Exec { image, comm } => self.meet_image(*image, Some(comm)),
+            Sample::Exec { image, comm } => {
+                if let Some(target) = self.targets.get_mut(&image.pid) {
+                    target.execs_told = target.execs_told.saturating_add(1);
+                }
+                self.meet_image(*image, Some(comm));
+            }
         }
     }
 

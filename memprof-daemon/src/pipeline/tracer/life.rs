@@ -161,24 +161,26 @@ impl Tracer {
             "the process has replaced its program"
         );
         let losses = self.losses(slot);
+        let totals_base = self.turn_totals(image);
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
         if let Some(current) = target.images.last_mut() {
             current.end(losses);
         }
-        target
-            .images
-            .push(Image::new(image, info, mappings, losses));
+        let mut next = Image::new(image, info, mappings, losses);
+        next.totals.set_base(totals_base);
+        target.images.push(next);
         target.seen_files.clear();
         target.jobs += 1;
         self.replaced.push(old);
         self.spawn_rescan(image);
     }
 
-    /// Closes the books of replaced images. Not where the replacement is
+    /// Closes the books of replaced images, and their totals. Not where the replacement is
     /// noticed: that may be in the middle of a sweep.
     pub(super) fn close_replaced(&mut self) {
+        self.confirm_totals();
         for image in std::mem::take(&mut self.replaced) {
             self.settle();
             self.close_books(image);
@@ -204,6 +206,7 @@ impl Tracer {
         self.drain_ring();
         self.close_replaced();
         self.settle();
+        self.refresh_totals_of(pid);
         let Some(target) = self.targets.get(&pid) else {
             return;
         };

@@ -2,13 +2,15 @@
 //!
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
-//! follows them through exec and exit, `reporting` answers those who ask. What blocks (reading files, attaching)
-//! runs elsewhere and comes back as a `Command`.
+//! follows them through exec and exit, `totals` reads what BPF has counted,
+//! `reporting` answers those who ask. What blocks (reading files, attaching) runs
+//! elsewhere and comes back as a `Command`.
 
 mod attaching;
 mod booking;
 mod life;
 mod reporting;
+mod totals;
 
 use std::{
     collections::BTreeMap,
@@ -22,6 +24,7 @@ use memprof_common::{
     config::TargetConfig,
     counters::{COUNTERS, TargetCounters},
     stack::{StackKey, StackRecord},
+    totals::TargetTotals,
 };
 use thiserror::Error;
 use tokio::{
@@ -224,6 +227,7 @@ pub struct Tracer {
     target_map: Array<MapData, TargetConfig>,
     slot_map: HashMap<MapData, u32, u32>,
     counter_map: PerCpuArray<MapData, TargetCounters>,
+    totals_map: PerCpuArray<MapData, TargetTotals>,
     live_map: LiveMap,
     stack_map: HashMap<MapData, StackKey, StackRecord>,
     /// Stacks that are in the BPF map and in the ledger.
@@ -237,6 +241,8 @@ pub struct Tracer {
     /// Images that have been replaced and whose books are to be closed.
     replaced: Vec<ImageId>,
     probe_mode: ProbeMode,
+    /// Images that were met, with readings of exact totals to be confirmed.
+    unconfirmed_totals: Vec<ImageId>,
     prober: ProberHandle,
     scanner: Arc<Scanner>,
     log: Option<LogReader>,
@@ -271,6 +277,7 @@ impl Tracer {
             target_map: loaded.maps.targets,
             slot_map: loaded.maps.slots,
             counter_map: loaded.maps.counters,
+            totals_map: loaded.maps.totals,
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
             learnt: Vec::new(),
@@ -282,6 +289,7 @@ impl Tracer {
             next_slot: 0,
             replaced: Vec::new(),
             probe_mode: loaded.prober.mode(),
+            unconfirmed_totals: Vec::new(),
             prober: ProberHandle::spawn(loaded.prober)?,
             scanner: Arc::new(Scanner::default()),
             log,

@@ -22,6 +22,7 @@ impl Tracer {
         self.close_replaced();
         self.settle();
         self.refresh_memory();
+        self.refresh_totals();
         let is_wanted = |pid: u32| wanted.is_none_or(|wanted| wanted == pid);
         let mut snapshot: BTreeMap<ImageId, _> = self
             .ledger
@@ -45,6 +46,8 @@ impl Tracer {
                     info: image.info.clone(),
                     exited: image.ended(),
                     memory: image.memory,
+                    traced: image.traced(),
+                    totals: image.totals.exact(),
                     losses: image.losses(losses, &self.ledger.tally(image.id)),
                     mappings: image.mappings.clone(),
                     stacks: snapshot.remove(&image.id).unwrap_or_default(),
@@ -82,6 +85,7 @@ impl Tracer {
         self.drain_ring();
         self.close_replaced();
         self.settle();
+        self.refresh_totals();
         let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
         Stats {
             version: env!("CARGO_PKG_VERSION"),
@@ -120,6 +124,7 @@ impl Tracer {
                                     self.ledger.live(image.id),
                                     tally,
                                     image.losses(losses, &tally),
+                                    image.totals.exact(),
                                 )
                             })
                             .collect(),

@@ -1,0 +1,177 @@
+//! What stands above the tables: the process as a whole.
+
+use std::{
+    cmp::Reverse,
+    io::{self, Write},
+    time::Duration,
+};
+
+use super::{
+    Report,
+    terminal::{Style, printable},
+};
+use crate::export::{
+    json::rfc_3339,
+    losses,
+    numbers::Numbers,
+    profile::ProcessProfile,
+    totals::{CallTotals, ExactTotals},
+    units,
+};
+
+/// Classes of sizes that are shown.
+const TOP_SIZES: usize = 3;
+
+impl<W: Write> Report<'_, W> {
+    pub(super) fn header(&mut self, process: &ProcessProfile, total: &Numbers) -> io::Result<()> {
+        let Style { bold, plain, .. } = self.style;
+        let profile = self.profile;
+        write!(
+            self.out,
+            "{bold}{} (pid {}){plain}  {}",
+            printable(&process.comm),
+            process.pid,
+            printable(&process.exe)
+        )?;
+        let ended = if process.exited { "  has exited" } else { "" };
+        writeln!(self.out, "{ended}\n")?;
+
+        let inuse_bytes = units::bytes(total.inuse_bytes);
+        let inuse_objects = units::counted(total.inuse_objects, "object");
+        self.fact(
+            "in use",
+            &format!("{bold}{inuse_bytes}{plain} in {inuse_objects}"),
+        )?;
+        let allocated = format!(
+            "{} in {}, in {}",
+            units::bytes(total.alloc_bytes),
+            units::counted(total.alloc_objects, "object"),
+            duration(profile.duration),
+        );
+        self.fact("allocated", &allocated)?;
+        if let Some(totals) = &process.totals {
+            self.fact("calls", &calls(&totals.calls, process.traced))?;
+            let sizes = most_asked_for(totals);
+            if !sizes.is_empty() {
+                self.fact("sizes", &sizes)?;
+            }
+        }
+        if let Some(memory) = process.memory {
+            let mut resident = format!(
+                "{} (anonymous {}, peak {}",
+                units::bytes(memory.rss_bytes),
+                units::bytes(memory.rss_anon_bytes),
+                units::bytes(memory.rss_peak_bytes),
+            );
+            if memory.swap_bytes != 0 {
+                resident += ", swapped out ";
+                resident += &units::bytes(memory.swap_bytes);
+            }
+            self.fact("resident", &(resident + ")"))?;
+        }
+        let samples = units::counted(total.samples, "sample");
+        match profile.sample_interval_bytes {
+            0 => self.fact("sampling", "off")?,
+            1 => self.fact("exact", &format!("every allocation counted: {samples}"))?,
+            interval => {
+                let interval = units::bytes(interval);
+                let estimated = format!("from {samples}, one every {interval} on average");
+                self.fact("estimated", &estimated)?;
+            }
+        }
+        self.fact("captured", &rfc_3339(profile.captured_at))
+    }
+
+    fn fact(&mut self, name: &str, fact: &str) -> io::Result<()> {
+        writeln!(self.out, "  {name:<10}  {fact}")
+    }
+
+    pub(super) fn losses(&mut self, process: &ProcessProfile) -> io::Result<()> {
+        let Style { warn, plain, .. } = self.style;
+        let losses = process.losses.iter().filter(|&(_, &number)| number != 0);
+        let mut heading = format!("\n  {warn}Lost or late:{plain}\n");
+        for (name, &number) in losses {
+            let loss = losses::sentence(name, number);
+            writeln!(self.out, "{heading}    {loss}")?;
+            heading.clear();
+        }
+        Ok(())
+    }
+
+    pub(super) fn nothing_sampled(&mut self) -> io::Result<()> {
+        let why = match self.profile.sample_interval_bytes {
+            0 => "Nothing was sampled: sampling is off. Turn it on with -i 512KiB.".to_owned(),
+            1 => "Nothing was allocated through the probed functions while it was recorded.\n\
+                  Record for longer (-d), or give the program something to do."
+                .to_owned(),
+            interval => format!(
+                "Nothing was sampled: the process allocated little against the {} between\n\
+                 samples. Try a smaller interval (-i 16KiB, or -i 1 to count every allocation),\n\
+                 or record for longer (-d).",
+                units::bytes(interval)
+            ),
+        };
+        writeln!(self.out, "\n{why}")
+    }
+}
+
+/// Exact numbers of calls, and how often that is.
+fn calls(calls: &CallTotals, traced: Duration) -> String {
+    let mut text = format!("{} allocating", units::count(calls.alloc_calls));
+    if let Some(frequency) = frequency(calls.alloc_calls, traced) {
+        text += &format!(" ({frequency})");
+    }
+    text += &format!(
+        ", {} asked for; {} freeing; all counted",
+        units::bytes(calls.alloc_bytes),
+        units::count(calls.free_calls)
+    );
+    text
+}
+
+/// How often something happens; none for too short a time to say.
+fn frequency(number: u64, time: Duration) -> Option<String> {
+    if number == 0 || time < Duration::from_millis(100) {
+        return None;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "two digits are shown")]
+    let a_second = number as f64 / time.as_secs_f64();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "not negative, and no more than `number` / 0.1"
+    )]
+    let whole = a_second.round() as u64;
+    Some(if a_second >= 9.5 {
+        format!("{} a second", units::count(whole))
+    } else if a_second >= 0.1 {
+        format!("{a_second:.1} a second")
+    } else {
+        format!("{:.1} a minute", a_second * 60.0)
+    })
+}
+
+/// The sizes that most calls ask for: `8 to 16 KiB (50.5%), 1 B (1.0%)`.
+fn most_asked_for(totals: &ExactTotals) -> String {
+    let mut classes: Vec<_> = totals.size_histogram.iter().collect();
+    classes.sort_by_key(|class| (Reverse(class.calls), class.min_bytes));
+    let shown = classes.iter().take(TOP_SIZES).map(|class| {
+        let sizes = match class.max_bytes {
+            Some(max) => units::range(class.min_bytes, max),
+            None => format!("{} or more", units::bytes(class.min_bytes)),
+        };
+        let share = units::percent(class.calls, totals.calls.alloc_calls);
+        format!("{sizes} ({share})")
+    });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+/// A duration as one says it: `30.0 s`, `5 min 12 s`, `3 h 2 min`.
+pub(super) fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..60 => format!("{:.1} s", duration.as_secs_f64()),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
