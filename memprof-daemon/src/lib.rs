@@ -27,6 +27,7 @@ pub mod address;
 pub mod cli;
 pub mod decode;
 pub mod export;
+pub mod interval;
 pub mod ledger;
 pub mod pipeline;
 pub mod probe;

@@ -7,18 +7,25 @@ pub struct Weight {
     pub weight_objects: f64,
     /// Bytes asked for by them.
     pub weight_bytes: f64,
+    /// Estimate of the variance that this sample brings into a sum of
+    /// `weight_bytes`, in square bytes.
+    pub variance_bytes: f64,
 }
 
 /// Undoes the bias of sampling: an allocation of S bytes is sampled with
 /// probability P = 1 - exp(-S/R), so each sample stands for 1/P allocations, and
 /// S/P bytes.
 ///
+/// An allocation adds S^2 (1 - P) / P to the variance of a sum of weights. It is
+/// seen with probability P, so S^2 (1 - P) / P^2 for each that is seen estimates
+/// the variance without bias.
+///
 /// An allocation of 0 bytes is sampled like one of 1 byte: it stands for many
 /// objects and no bytes. At an interval of 1 every allocation is sampled and
 /// stands for itself, exactly.
 #[must_use]
 pub fn unbias(size_bytes: u64, sample_interval_bytes: u64) -> Weight {
-    let weight_objects = if sample_interval_bytes <= 1 {
+    let probability = if sample_interval_bytes <= 1 {
         1.0
     } else {
         #[expect(
@@ -26,13 +33,15 @@ pub fn unbias(size_bytes: u64, sample_interval_bytes: u64) -> Weight {
             reason = "sizes far below 2^53 in practice; above, the relative error is 2^-53"
         )]
         let ratio = size_bytes.max(1) as f64 / sample_interval_bytes as f64;
-        -1.0 / (-ratio).exp_m1()
+        -(-ratio).exp_m1()
     };
+    let weight_objects = 1.0 / probability;
     #[expect(clippy::cast_precision_loss, reason = "as above")]
     let weight_bytes = weight_objects * size_bytes as f64;
     Weight {
         weight_objects,
         weight_bytes,
+        variance_bytes: weight_bytes * weight_bytes * (1.0 - probability),
     }
 }
 
@@ -48,6 +57,7 @@ mod tests {
             let weight = unbias(size, 1);
             assert_eq!(weight.weight_objects, 1.0);
             assert_eq!(weight.weight_bytes, size as f64);
+            assert_eq!(weight.variance_bytes, 0.0);
         }
     }
 

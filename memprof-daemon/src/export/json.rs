@@ -85,7 +85,7 @@ impl<'a> From<&'a Profile> for Document<'a> {
                 mode: &profile.probe.mode,
                 sites: profile.probe.sites.iter().map(site).collect(),
             },
-            processes: Processes(&profile.processes),
+            processes: Processes(profile),
         }
     }
 }
@@ -101,11 +101,13 @@ fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e3).round() / 1e3
 }
 
-struct Processes<'a>(&'a [ProcessProfile]);
+struct Processes<'a>(&'a Profile);
 
 impl Serialize for Processes<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().map(Process::from))
+        let interval = self.0.sample_interval_bytes;
+        let processes = self.0.processes.iter();
+        serializer.collect_seq(processes.map(|process| Process::new(process, interval)))
     }
 }
 
@@ -121,6 +123,7 @@ struct Process<'a> {
     totals: Option<CallTotals>,
     size_histogram: Option<&'a [SizeClass]>,
     losses: &'a BTreeMap<&'static str, u64>,
+    estimates: Estimates,
     stacks: Stacks<'a>,
 }
 
@@ -134,8 +137,8 @@ struct Memory {
     virtual_bytes: u64,
 }
 
-impl<'a> From<&'a ProcessProfile> for Process<'a> {
-    fn from(process: &'a ProcessProfile) -> Self {
+impl<'a> Process<'a> {
+    fn new(process: &'a ProcessProfile, sample_interval_bytes: u64) -> Self {
         Self {
             pid: process.pid,
             comm: &process.comm,
@@ -157,6 +160,7 @@ impl<'a> From<&'a ProcessProfile> for Process<'a> {
                 .as_ref()
                 .map(|totals| totals.size_histogram.as_slice()),
             losses: &process.losses,
+            estimates: Numbers::of_process(process, sample_interval_bytes).into(),
             stacks: Stacks(process),
         }
     }
@@ -170,13 +174,36 @@ impl Serialize for Stacks<'_> {
     }
 }
 
+/// What a stack and a process have in common.
 #[derive(Serialize)]
-struct Stack<'a> {
+struct Estimates {
     alloc_objects: u64,
     alloc_bytes: u64,
+    alloc_bytes_ci95: [u64; 2],
     inuse_objects: u64,
     inuse_bytes: u64,
+    inuse_bytes_ci95: [u64; 2],
     samples: u64,
+}
+
+impl From<Numbers> for Estimates {
+    fn from(numbers: Numbers) -> Self {
+        Self {
+            alloc_objects: numbers.alloc_objects,
+            alloc_bytes: numbers.alloc_bytes,
+            alloc_bytes_ci95: numbers.alloc_bytes_ci95,
+            inuse_objects: numbers.inuse_objects,
+            inuse_bytes: numbers.inuse_bytes,
+            inuse_bytes_ci95: numbers.inuse_bytes_ci95,
+            samples: numbers.samples,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Stack<'a> {
+    #[serde(flatten)]
+    estimates: Estimates,
     truncated: bool,
     frames: Frames<'a>,
 }
@@ -184,11 +211,7 @@ struct Stack<'a> {
 impl<'a> From<(&'a StackProfile, Numbers)> for Stack<'a> {
     fn from((stack, numbers): (&'a StackProfile, Numbers)) -> Self {
         Self {
-            alloc_objects: numbers.alloc_objects,
-            alloc_bytes: numbers.alloc_bytes,
-            inuse_objects: numbers.inuse_objects,
-            inuse_bytes: numbers.inuse_bytes,
-            samples: numbers.samples,
+            estimates: numbers.into(),
             truncated: stack.truncated,
             frames: Frames(&stack.frames),
         }

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use crate::{
     export::profile::{ProcessProfile, StackProfile},
+    interval::{Interval, interval_95},
     ledger::snapshot::StackCounters,
 };
 
@@ -58,7 +59,13 @@ pub(crate) struct Numbers {
     pub(crate) alloc_bytes: u64,
     pub(crate) inuse_objects: u64,
     pub(crate) inuse_bytes: u64,
+    /// 95% confidence interval of `alloc_bytes`, its ends rounded outward.
+    pub(crate) alloc_bytes_ci95: [u64; 2],
+    /// The same of `inuse_bytes`.
+    pub(crate) inuse_bytes_ci95: [u64; 2],
     pub(crate) samples: u64,
+    /// Of `samples`: those not freed.
+    pub(crate) live_samples: u64,
 }
 
 impl Numbers {
@@ -69,23 +76,45 @@ impl Numbers {
 
     /// The sum of several stacks', which is not the sum of their rounded ones.
     pub(crate) fn total<'a>(all: impl IntoIterator<Item = &'a StackCounters>) -> Self {
-        let mut sums = [0.0; 4];
-        let mut samples = 0_u64;
+        Self::total_at(0, all)
+    }
+
+    /// All stacks of a process: also of those that it has without a sample yet,
+    /// at an interval of `sample_interval_bytes`.
+    pub(crate) fn of_process(process: &ProcessProfile, sample_interval_bytes: u64) -> Self {
+        let stacks = process.stacks.iter().map(|stack| &stack.counters);
+        Self::total_at(sample_interval_bytes, stacks)
+    }
+
+    fn total_at<'a>(
+        sample_interval_bytes: u64,
+        all: impl IntoIterator<Item = &'a StackCounters>,
+    ) -> Self {
+        let (mut alloc_objects, mut inuse_objects) = (0.0, 0.0);
+        let (mut alloc_bytes, mut inuse_bytes) = (0.0, 0.0);
+        let (mut alloc_variance, mut inuse_variance) = (0.0, 0.0);
+        let mut coarsest = sample_interval_bytes;
+        let (mut samples, mut live_samples) = (0_u64, 0_u64);
         for counters in all {
-            let [alloc_objects, alloc_bytes, inuse_objects, inuse_bytes] = &mut sums;
-            *alloc_objects += counters.alloc_objects;
-            *alloc_bytes += counters.alloc_bytes;
-            *inuse_objects += counters.inuse_objects();
-            *inuse_bytes += counters.inuse_bytes();
+            alloc_objects += counters.alloc_objects;
+            alloc_bytes += counters.alloc_bytes;
+            alloc_variance += counters.alloc_variance;
+            inuse_objects += counters.inuse_objects();
+            inuse_bytes += counters.inuse_bytes();
+            inuse_variance += counters.inuse_variance();
+            coarsest = coarsest.max(counters.coarsest_interval_bytes);
             samples = samples.saturating_add(counters.samples);
+            live_samples = live_samples.saturating_add(counters.live_samples);
         }
-        let [alloc_objects, alloc_bytes, inuse_objects, inuse_bytes] = sums.map(round);
         Self {
-            alloc_objects,
-            alloc_bytes,
-            inuse_objects,
-            inuse_bytes,
+            alloc_objects: round(alloc_objects),
+            alloc_bytes: round(alloc_bytes),
+            inuse_objects: round(inuse_objects),
+            inuse_bytes: round(inuse_bytes),
+            alloc_bytes_ci95: outward(interval_95(alloc_bytes, alloc_variance, coarsest)),
+            inuse_bytes_ci95: outward(interval_95(inuse_bytes, inuse_variance, coarsest)),
             samples,
+            live_samples,
         }
     }
 
@@ -112,6 +141,11 @@ impl Numbers {
 )]
 fn round(estimate: f64) -> u64 {
     estimate.round() as u64
+}
+
+/// The ends of an interval as whole numbers that still hold it.
+fn outward(interval: Interval) -> [u64; 2] {
+    [round(interval.low.floor()), round(interval.high.ceil())]
 }
 
 /// A process's stacks with their numbers: most bytes in use first, then most
@@ -174,6 +208,32 @@ mod tests {
             (total.alloc_objects, total.alloc_bytes, total.samples),
             (1, 0, 3)
         );
+    }
+
+    /// Check that intervals hold the rounded estimate, that those of a total are
+    /// narrower than the sum of its parts, and that a process without samples may
+    /// have allocated something.
+    #[test]
+    fn intervals() {
+        let counters = StackCounters {
+            alloc_bytes: 70_000.6,
+            alloc_variance: 70_000.0 * 65_536.0,
+            coarsest_interval_bytes: 65_536,
+            samples: 1,
+            ..StackCounters::default()
+        };
+        let one = Numbers::of(&counters);
+        let [low, high] = one.alloc_bytes_ci95;
+        assert!(0 < low && low < one.alloc_bytes && one.alloc_bytes < high);
+        assert_eq!(one.inuse_bytes_ci95, [0, 251_754]);
+        let [low_of_many, high_of_many] = Numbers::total([&counters; 100]).alloc_bytes_ci95;
+        assert!(high_of_many - low_of_many < 20 * (high - low));
+
+        let mut process = crate::export::testing::empty_profile().processes.remove(0);
+        process.stacks.clear();
+        let nothing = Numbers::of_process(&process, 65_536);
+        assert_eq!(nothing.alloc_bytes_ci95, [0, 251_754]);
+        assert_eq!(Numbers::of_process(&process, 1).alloc_bytes_ci95, [0, 0]);
     }
 
     /// Check that stacks are in the same order whatever order they came in.

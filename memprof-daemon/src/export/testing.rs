@@ -232,6 +232,12 @@ fn stack(frames: Vec<Arc<Frame>>, counts: [f64; 4], samples: (u64, u64)) -> Stac
             alloc_bytes,
             free_objects,
             free_bytes,
+            // As if all samples weighed the same.
+            alloc_variance: alloc_bytes * alloc_bytes / samples.max(1) as f64,
+            free_variance: (alloc_bytes * alloc_bytes / samples.max(1) as f64)
+                * (samples - live_samples) as f64
+                / samples.max(1) as f64,
+            coarsest_interval_bytes: 524_288,
             samples,
             live_samples,
         },

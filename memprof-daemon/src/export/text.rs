@@ -3,12 +3,12 @@
 //! ```text
 //! leaky (pid 4242)  /opt/leaky/app
 //!
-//!   in use      8 MiB in 824 objects
-//!   allocated   10.1 MiB in 2,029 objects, in 30.0 s
+//!   in use      8 MiB (2.4 to 15.5 MiB) in 824 objects
+//!   allocated   10.1 MiB (4.1 to 18.1 MiB) in 2,029 objects, in 30.0 s
 //!   calls       2,029 allocating (68 a second), 10.1 MiB asked for; 1,205 freeing; all counted
 //!   sizes       8 to 16 KiB (50.5%), 64 to 127 B (49.3%), 0 B (0.1%)
 //!   resident    47.7 MiB (anonymous 40.1 MiB, peak 48.6 MiB)
-//!   estimated   from 1,014 samples, one every 512 KiB on average
+//!   estimated   from 1,014 samples, one every 512 KiB on average; ranges are 95% sure
 //!   captured    2026-09-21T14:13:20.123Z
 //!
 //!   Lost or late:
@@ -16,7 +16,7 @@
 //!
 //! STILL IN USE: 3 stacks, 8 MiB
 //!
-//!   #1       8 MiB  >99.9%  819 objects, 80.0% of the 10 MiB that it allocated
+//!   #1       8 MiB  >99.9%  rough: 2.4 to 15.5 MiB, 7 samples; 819 objects, 80.0% of the 10 MiB that it allocated
 //!        xmalloc (inlined)                            src/x.h:7
 //!        leak_buffers                                 src/leak.c:42
 //!        main                                         src/leak.c:80
@@ -25,11 +25,11 @@
 //!
 //! ALLOCATED: 4 stacks, 10.1 MiB
 //!
-//!   #1      10 MiB   99.0%  1,024 objects, 8 MiB still in use
+//!   #1      10 MiB   99.0%  4.0 to 18.0 MiB; 1,024 objects, 8 MiB still in use
 //!        xmalloc (inlined)                            src/x.h:7
 //!        ... as #1 in use above
 //!
-//!   #2    97.7 KiB    0.9%  1,000 objects, all freed again
+//!   #2    97.7 KiB    0.9%  97.6 KiB to 2.0 MiB; 1,000 objects, all freed again
 //!        churn                                        src/leak.c:50
 //!        main                                         src/leak.c:81
 //!
@@ -122,6 +122,36 @@ impl Table {
     }
 }
 
+/// How sure a number of bytes is.
+enum Uncertainty {
+    /// In 95 of 100 cases the truth is in this range.
+    Fair(String),
+    /// The same from so few samples that the number is an order of magnitude.
+    Rough(String),
+}
+
+/// Fewer samples than this are rough: the range is wider than from half the
+/// estimate to twice.
+const ROUGH_SAMPLES: u64 = 8;
+
+/// None where the number is as good as exact.
+fn uncertainty(table: Table, numbers: &Numbers) -> Option<Uncertainty> {
+    let ([low, high], samples) = match table {
+        Table::InUse => (numbers.inuse_bytes_ci95, numbers.live_samples),
+        Table::Allocated => (numbers.alloc_bytes_ci95, numbers.samples),
+    };
+    let range = units::range(low, high);
+    if range == units::bytes(table.bytes(numbers)) {
+        return None;
+    }
+    // Of large blocks few are enough.
+    if samples < ROUGH_SAMPLES && high / 2 > low {
+        let samples = units::counted(samples, "sample");
+        return Some(Uncertainty::Rough(format!("{range}, {samples}")));
+    }
+    Some(Uncertainty::Fair(range))
+}
+
 struct Report<'a, W> {
     profile: &'a Profile,
     options: &'a Options,
@@ -131,7 +161,7 @@ struct Report<'a, W> {
 
 impl<W: Write> Report<'_, W> {
     fn process(&mut self, process: &ProcessProfile) -> io::Result<()> {
-        let total = Numbers::total(process.stacks.iter().map(|stack| &stack.counters));
+        let total = Numbers::of_process(process, self.profile.sample_interval_bytes);
         self.header(process, &total)?;
         self.losses(process)?;
         if total.samples == 0 {
@@ -200,7 +230,9 @@ impl<W: Write> Report<'_, W> {
         numbers: &Numbers,
         whole: u64,
     ) -> io::Result<()> {
-        let Style { bold, plain, .. } = self.style;
+        let Style {
+            bold, warn, plain, ..
+        } = self.style;
         let bytes = table.bytes(numbers);
         let share = units::percent(bytes, whole);
         let rest = match table {
@@ -226,9 +258,14 @@ impl<W: Write> Report<'_, W> {
                 }
             }
         };
+        let uncertainty = match uncertainty(table, numbers) {
+            Some(Uncertainty::Fair(range)) => format!("{range}; "),
+            Some(Uncertainty::Rough(range)) => format!("{warn}rough: {range}{plain}; "),
+            None => String::new(),
+        };
         writeln!(
             self.out,
-            "\n  {:<4} {bold}{:>9}  {share:>6}{plain}  {rest}",
+            "\n  {:<4} {bold}{:>9}  {share:>6}{plain}  {uncertainty}{rest}",
             format!("#{}", place + 1),
             units::bytes(bytes)
         )

@@ -106,10 +106,14 @@ impl ImageBooks {
         }
         let counters = self.stacks.entry(sample.stack).or_default();
         counters.live_samples += 1;
+        counters.coarsest_interval_bytes = counters
+            .coarsest_interval_bytes
+            .max(sample.sample_interval_bytes);
         // Only if a free was booked: there may be none to take back.
         if sample.restored && counters.samples >= counters.live_samples {
             counters.free_objects -= weight.weight_objects;
             counters.free_bytes -= weight.weight_bytes;
+            counters.free_variance -= weight.variance_bytes;
             self.tally.free_events = self.tally.free_events.saturating_sub(1);
             self.tally.restored_allocations += 1;
             return AllocOutcome::Restored;
@@ -117,6 +121,7 @@ impl ImageBooks {
         counters.samples += 1;
         counters.alloc_objects += weight.weight_objects;
         counters.alloc_bytes += weight.weight_bytes;
+        counters.alloc_variance += weight.variance_bytes;
         self.tally.alloc_events += 1;
         if replaced.is_some() {
             AllocOutcome::Replaced
@@ -154,8 +159,12 @@ impl ImageBooks {
         let counters = self.stacks.entry(allocation.stack).or_default();
         counters.samples += 1;
         counters.live_samples += 1;
+        counters.coarsest_interval_bytes = counters
+            .coarsest_interval_bytes
+            .max(sample.sample_interval_bytes);
         counters.alloc_objects += weight.weight_objects;
         counters.alloc_bytes += weight.weight_bytes;
+        counters.alloc_variance += weight.variance_bytes;
         self.tally.alloc_events += 1;
         self.book_free(allocation);
         self.tally.replaced_allocations += 1;
@@ -192,6 +201,7 @@ impl ImageBooks {
         let counters = self.stacks.entry(freed.stack).or_default();
         counters.free_objects += freed.weight.weight_objects;
         counters.free_bytes += freed.weight.weight_bytes;
+        counters.free_variance += freed.weight.variance_bytes;
         counters.live_samples = counters.live_samples.saturating_sub(1);
         self.tally.free_events += 1;
         if freed.untold {

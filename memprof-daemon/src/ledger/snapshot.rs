@@ -16,6 +16,12 @@ pub struct StackCounters {
     pub free_objects: f64,
     /// Bytes freed.
     pub free_bytes: f64,
+    /// Estimated variance of `alloc_bytes`, in square bytes.
+    pub alloc_variance: f64,
+    /// The part of it that was freed.
+    pub free_variance: f64,
+    /// The largest interval that a sample was taken at.
+    pub coarsest_interval_bytes: u64,
     /// How many samples the estimates rest on.
     pub samples: u64,
     /// How many of them are not freed: with none, in-use is nothing, exactly.
@@ -35,6 +41,12 @@ impl StackCounters {
         self.derive(self.alloc_bytes, self.free_bytes)
     }
 
+    /// Variance of [`Self::inuse_bytes`], in square bytes.
+    #[must_use]
+    pub fn inuse_variance(&self) -> f64 {
+        self.derive(self.alloc_variance, self.free_variance)
+    }
+
     /// The difference, without what rounding leaves of nothing.
     fn derive(&self, allocated: f64, freed: f64) -> f64 {
         if self.live_samples == 0 {
@@ -51,6 +63,11 @@ impl std::ops::AddAssign for StackCounters {
         self.alloc_bytes += other.alloc_bytes;
         self.free_objects += other.free_objects;
         self.free_bytes += other.free_bytes;
+        self.alloc_variance += other.alloc_variance;
+        self.free_variance += other.free_variance;
+        self.coarsest_interval_bytes = self
+            .coarsest_interval_bytes
+            .max(other.coarsest_interval_bytes);
         self.samples += other.samples;
         self.live_samples += other.live_samples;
     }

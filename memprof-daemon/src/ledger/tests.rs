@@ -89,6 +89,10 @@ fn a_free_subtracts_the_stored_weight() {
     let left = counters(&ledger, SEVEN);
     assert!((left.inuse_bytes() - 100.0).abs() < 1e-9);
     assert!((left.free_bytes - unbias(100, 1000).weight_bytes).abs() < 1e-9);
+    // What is left was counted exactly.
+    assert_eq!(left.inuse_variance(), 0.0);
+    assert!(left.alloc_variance > 0.0);
+    assert_eq!(left.coarsest_interval_bytes, 1000);
 }
 
 /// Check that an address allocated again counts the block before as freed, once.

@@ -47,6 +47,9 @@ fn schema_refuses_broken_documents() {
         ("/processes/0/memory", json!({"rss_bytes": 1})),
         ("/processes/0/losses/alloc_ring_full", json!(1.5)),
         ("/processes/0/totals/free_calls", json!(-1)),
+        ("/processes/0/estimates", json!({"samples": 1})),
+        ("/processes/0/stacks/0/alloc_bytes_ci95", json!([1])),
+        ("/processes/0/stacks/0/inuse_bytes_ci95", json!([1, 2.5])),
         ("/processes/0/size_histogram/0", json!({"calls": 1})),
         ("/processes/0/stacks/0/inuse_bytes", json!(8_388_608.25)),
         ("/processes/0/stacks/0/frames", json!([])),
@@ -103,8 +106,10 @@ fn content() {
         json!({
             "alloc_objects": 1024,
             "alloc_bytes": 10_485_760,
+            "alloc_bytes_ci95": [4_157_198, 18_828_353],
             "inuse_objects": 819,
             "inuse_bytes": 8_388_608,
+            "inuse_bytes_ci95": [2_524_589, 16_266_658],
             "samples": 8,
             "truncated": false,
             "frames": [
@@ -123,6 +128,10 @@ fn content() {
             ],
         })
     );
+    let estimates = &leaky["estimates"];
+    assert_eq!(estimates["alloc_objects"], 2029);
+    assert_eq!(estimates["inuse_bytes"], 8_392_768);
+    assert_eq!(estimates["samples"], 1014);
     let unknown = &leaky["stacks"][1];
     assert_eq!(unknown["truncated"], true);
     assert_eq!(

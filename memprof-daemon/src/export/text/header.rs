@@ -38,13 +38,15 @@ impl<W: Write> Report<'_, W> {
 
         let inuse_bytes = units::bytes(total.inuse_bytes);
         let inuse_objects = units::counted(total.inuse_objects, "object");
+        let inuse_range = range(total.inuse_bytes, total.inuse_bytes_ci95);
         self.fact(
             "in use",
-            &format!("{bold}{inuse_bytes}{plain} in {inuse_objects}"),
+            &format!("{bold}{inuse_bytes}{plain}{inuse_range} in {inuse_objects}"),
         )?;
         let allocated = format!(
-            "{} in {}, in {}",
+            "{}{} in {}, in {}",
             units::bytes(total.alloc_bytes),
+            range(total.alloc_bytes, total.alloc_bytes_ci95),
             units::counted(total.alloc_objects, "object"),
             duration(profile.duration),
         );
@@ -75,7 +77,8 @@ impl<W: Write> Report<'_, W> {
             1 => self.fact("exact", &format!("every allocation counted: {samples}"))?,
             interval => {
                 let interval = units::bytes(interval);
-                let estimated = format!("from {samples}, one every {interval} on average");
+                let estimated =
+                    format!("from {samples}, one every {interval} on average; ranges are 95% sure");
                 self.fact("estimated", &estimated)?;
             }
         }
@@ -112,6 +115,16 @@ impl<W: Write> Report<'_, W> {
             ),
         };
         writeln!(self.out, "\n{why}")
+    }
+}
+
+/// The range of an estimate in parentheses, unless it is as good as exact.
+fn range(estimate: u64, [low, high]: [u64; 2]) -> String {
+    let range = units::range(low, high);
+    if range == units::bytes(estimate) {
+        String::new()
+    } else {
+        format!(" ({range})")
     }
 }
 

@@ -20,6 +20,26 @@ fn report() {
     );
 }
 
+/// Check that numbers counted exactly have no ranges.
+#[test]
+fn exact_numbers_have_no_ranges() {
+    let mut profile = testing::profile();
+    profile.sample_interval_bytes = 1;
+    for stack in profile
+        .processes
+        .iter_mut()
+        .flat_map(|process| &mut process.stacks)
+    {
+        stack.counters.alloc_variance = 0.0;
+        stack.counters.free_variance = 0.0;
+        stack.counters.coarsest_interval_bytes = 1;
+    }
+    let text = text(&profile, &Options::default());
+    assert!(text.contains("8 MiB in 824 objects"), "{text}");
+    assert!(!text.contains("rough"), "{text}");
+    assert!(text.contains("8 MiB  >99.9%  819 objects"), "{text}");
+}
+
 /// Check that a report says so when nothing was sampled, and what to try.
 #[test]
 fn nothing_sampled() {
