@@ -25,6 +25,7 @@
 
 pub mod address;
 pub mod cli;
+pub mod config;
 pub mod decode;
 pub mod export;
 pub mod interval;

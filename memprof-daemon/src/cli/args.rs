@@ -3,10 +3,11 @@
 use clap::Args;
 use memprof_common::limits::{
     DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
-    MAX_SAMPLE_INTERVAL_BYTES, MAX_STACK_DEPTH,
+    MAX_STACK_DEPTH,
 };
 
 use crate::{
+    config::{self, parse_interval},
     pipeline::tracer::TracerOptions,
     probe::{loader::Sizes, mode::ModeChoice},
 };
@@ -106,14 +107,6 @@ fn entries() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=1 << 30)
 }
 
-fn parse_interval(text: &str) -> Result<u64, String> {
-    let Bytes(bytes) = parse_bytes(text)?;
-    if bytes > MAX_SAMPLE_INTERVAL_BYTES {
-        return Err(format!("at most {MAX_SAMPLE_INTERVAL_BYTES} bytes"));
-    }
-    Ok(bytes)
-}
-
 fn parse_ring(text: &str) -> Result<Bytes, String> {
     let bytes = parse_bytes(text)?;
     if !bytes.0.is_power_of_two() || !(4096..=1 << 30).contains(&bytes.0) {
@@ -122,29 +115,9 @@ fn parse_ring(text: &str) -> Result<Bytes, String> {
     Ok(bytes)
 }
 
-/// A whole number and a unit: none or `B`; `K`, `KiB`, `M`, `MiB`, `G`, `GiB` in
-/// powers of 1024; `kB`, `MB`, `GB` in powers of 1000.
+/// As [`config::parse_bytes`].
 pub(super) fn parse_bytes(text: &str) -> Result<Bytes, String> {
-    let text = text.trim();
-    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "a number of bytes is needed, such as 1, 4096, 64KiB or 512KiB".to_owned())?;
-    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kib" => 1 << 10,
-        "m" | "mib" => 1 << 20,
-        "g" | "gib" => 1 << 30,
-        "kb" => 1_000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        unit => return Err(format!("`{unit}` is no unit; use B, KiB, MiB or GiB")),
-    };
-    number
-        .checked_mul(factor)
-        .map(Bytes)
-        .ok_or_else(|| "too many bytes".to_owned())
+    config::parse_bytes(text).map(Bytes)
 }
 
 /// Seconds, also with a fraction; more than 0.

@@ -2,18 +2,15 @@
 
 use std::{
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
 };
 
-use anyhow::{Context as _, bail};
 use clap::Args;
-use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, StatusCode, body::Bytes};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use hyper::Method;
 
 use super::{
+    client::request,
     output::{Output, format_for},
     socket::DEFAULT_SOCKET,
 };
@@ -47,50 +44,9 @@ pub(super) fn run(args: DumpArgs) -> anyhow::Result<ExitCode> {
     if let Some(pid) = args.pid {
         query.push_str(&format!("&pid={pid}"));
     }
-    let body = super::runtime()?.block_on(get(&args.socket, &query))?;
+    let body = request(&args.socket, Method::GET, &query, String::new());
+    let body = super::runtime()?.block_on(body)?;
     output.write_with(|sink| sink.write_all(&body))?;
     io::stdout().flush().ok();
     Ok(ExitCode::SUCCESS)
-}
-
-/// One request to the daemon.
-async fn get(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
-    let stream = UnixStream::connect(socket).await.with_context(|| {
-        format!(
-            "no daemon answers on {} (is `memprof daemon` running?)",
-            socket.display()
-        )
-    })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .context("the daemon does not speak HTTP")?;
-    let connection = tokio::spawn(connection);
-    let request = Request::get(path)
-        .header(hyper::header::HOST, "localhost")
-        .body(Empty::<Bytes>::new())
-        .context("cannot make the request")?;
-    let response = sender
-        .send_request(request)
-        .await
-        .context("the daemon did not answer")?;
-    let status = response.status();
-    let body = response
-        .into_body()
-        .collect()
-        .await
-        .context("the daemon's answer broke off")?
-        .to_bytes();
-    connection.abort();
-    if status != StatusCode::OK {
-        bail!("{}", message(status, &body));
-    }
-    Ok(body)
-}
-
-/// The daemon's own words, if it has any.
-fn message(status: StatusCode, body: &[u8]) -> String {
-    serde_json::from_slice::<serde_json::Value>(body)
-        .ok()
-        .and_then(|body| Some(body.get("error")?.as_str()?.to_owned()))
-        .unwrap_or_else(|| format!("the daemon answered {status}"))
 }

@@ -2,6 +2,8 @@
 
 mod args;
 mod check;
+mod client;
+mod config;
 mod daemon;
 mod dump;
 mod output;
@@ -38,6 +40,8 @@ enum Command {
     Daemon(daemon::DaemonArgs),
     /// Ask a running daemon for a profile
     Dump(dump::DumpArgs),
+    /// Show or change the sampling interval of a running daemon
+    Config(config::ConfigArgs),
     Check(check::CheckArgs),
 }
 
@@ -51,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Daemon(args) => daemon::run(args),
         Command::Dump(args) => dump::run(args),
         Command::Check(args) => check::run(&args),
+        Command::Config(args) => config::run(args),
     };
     match result {
         Ok(code) => code,

@@ -4,17 +4,24 @@
 //! |---|---|
 //! | `GET /v1/processes` | the traced processes, JSON |
 //! | `GET /v1/profile?pid=&format=` | a profile, of all processes without `pid`; JSON without `format` |
+//! | `GET /v1/config` | the settings in force, JSON |
+//! | `PUT /v1/config` | changes them; answers as `GET` does |
 //! | `GET /v1/stats` | what the tracer tells about itself, JSON |
 //! | `GET /healthz` | `ok` |
 //!
-//! An error is `{"error": "..."}` with a status: 400 for a parameter that makes
-//! no sense, 404 for a process or a path that is not there, 405 for another
+//! The settings are `{"sample_interval_bytes": 65536}`; a `PUT` may say
+//! `{"sample_interval": "64KiB"}` instead. A change is for all processes, from
+//! their next call on. What was sampled before keeps its weight.
+//!
+//! An error is `{"error": "..."}` with a status: 400 for a parameter or a body that
+//! makes no sense, 404 for a process or a path that is not there, 405 for another
 //! method, 503 while the daemon ends.
 
 use std::{future::Future, str::FromStr as _};
 
 use axum::{
     Json, Router,
+    body::Bytes,
     extract::{Query, State, rejection::QueryRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
@@ -24,6 +31,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::{Format, profile::Profile};
+use crate::config::Config;
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -48,6 +56,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Profile, BackendError>> + Send;
     /// What the tracer tells about itself.
     fn stats(&self) -> impl Future<Output = Result<serde_json::Value, BackendError>> + Send;
+    /// The settings in force.
+    fn config(&self) -> impl Future<Output = Result<Config, BackendError>> + Send;
+
+    /// Puts settings in force, and returns them.
+    fn set_config(
+        &self,
+        config: Config,
+    ) -> impl Future<Output = Result<Config, BackendError>> + Send;
+
     /// The traced processes.
     fn processes(&self) -> impl Future<Output = Result<serde_json::Value, BackendError>> + Send;
 }
@@ -89,12 +106,13 @@ pub fn router<B: Backend>(backend: B) -> Router {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/v1/processes", get(processes::<B>))
         .route("/v1/profile", get(profile::<B>))
+        .route("/v1/config", get(config::<B>).put(set_config::<B>))
         .route("/v1/stats", get(stats::<B>))
         .fallback(|| async { ApiError(StatusCode::NOT_FOUND, "no such path".to_owned()) })
         .method_not_allowed_fallback(|| async {
             ApiError(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "only GET is allowed".to_owned(),
+                "the path does not know this method".to_owned(),
             )
         })
         .with_state(backend)
@@ -102,6 +120,19 @@ pub fn router<B: Backend>(backend: B) -> Router {
 
 async fn processes<B: Backend>(State(backend): State<B>) -> Result<Response, ApiError> {
     Ok(Json(backend.processes().await?).into_response())
+}
+
+async fn config<B: Backend>(State(backend): State<B>) -> Result<Response, ApiError> {
+    Ok(Json(backend.config().await?).into_response())
+}
+
+async fn set_config<B: Backend>(
+    State(backend): State<B>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    let config =
+        Config::parse(&body).map_err(|message| ApiError(StatusCode::BAD_REQUEST, message))?;
+    Ok(Json(backend.set_config(config).await?).into_response())
 }
 
 async fn stats<B: Backend>(State(backend): State<B>) -> Result<Response, ApiError> {

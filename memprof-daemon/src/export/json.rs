@@ -105,7 +105,7 @@ struct Processes<'a>(&'a Profile);
 
 impl Serialize for Processes<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let interval = self.0.sample_interval_bytes;
+        let interval = self.0.coarsest_interval_bytes;
         let processes = self.0.processes.iter();
         serializer.collect_seq(processes.map(|process| Process::new(process, interval)))
     }

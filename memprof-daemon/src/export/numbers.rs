@@ -80,7 +80,7 @@ impl Numbers {
     }
 
     /// All stacks of a process: also of those that it has without a sample yet,
-    /// at an interval of `sample_interval_bytes`.
+    /// at an interval of at most `sample_interval_bytes`.
     pub(crate) fn of_process(process: &ProcessProfile, sample_interval_bytes: u64) -> Self {
         let stacks = process.stacks.iter().map(|stack| &stack.counters);
         Self::total_at(sample_interval_bytes, stacks)

@@ -24,6 +24,8 @@ pub struct Profile {
     pub arch: String,
     /// Mean sampling gap.
     pub sample_interval_bytes: u64,
+    /// The largest that was ever in force: the interval can be changed.
+    pub coarsest_interval_bytes: u64,
     /// Where the probes are.
     pub probe: ProbeInfo,
     /// One entry a process image.

@@ -90,6 +90,7 @@ pub(crate) fn profile() -> Profile {
         kernel: "6.18.0".to_owned(),
         arch: "x86_64".to_owned(),
         sample_interval_bytes: 524_288,
+        coarsest_interval_bytes: 524_288,
         probe: ProbeInfo {
             mode: "perf".to_owned(),
             sites: vec![ProbeSite {

@@ -161,7 +161,7 @@ struct Report<'a, W> {
 
 impl<W: Write> Report<'_, W> {
     fn process(&mut self, process: &ProcessProfile) -> io::Result<()> {
-        let total = Numbers::of_process(process, self.profile.sample_interval_bytes);
+        let total = Numbers::of_process(process, self.profile.coarsest_interval_bytes);
         self.header(process, &total)?;
         self.losses(process)?;
         if total.samples == 0 {

@@ -28,6 +28,8 @@ pub struct Capture {
     pub duration: Duration,
     /// Mean sampling gap.
     pub sample_interval_bytes: u64,
+    /// The largest that was ever in force.
+    pub coarsest_interval_bytes: u64,
     /// Where the probes are.
     pub probe: ProbeInfo,
     /// One entry a process image.
@@ -113,6 +115,7 @@ impl Capture {
             kernel,
             arch,
             sample_interval_bytes: self.sample_interval_bytes,
+            coarsest_interval_bytes: self.coarsest_interval_bytes,
             probe: self.probe,
             processes,
         })

@@ -2,6 +2,7 @@
 
 use super::{capture::Capture, tracer::TracerHandle};
 use crate::{
+    config::Config,
     export::{
         http::{Backend, BackendError},
         profile::Profile,
@@ -45,6 +46,18 @@ impl Backend for Service {
     async fn stats(&self) -> Result<serde_json::Value, BackendError> {
         let stats = self.tracer.stats().await.ok_or(BackendError::Ended)?;
         serde_json::to_value(stats).map_err(|error| BackendError::Failed(error.to_string()))
+    }
+
+    async fn config(&self) -> Result<Config, BackendError> {
+        self.tracer.config().await.ok_or(BackendError::Ended)
+    }
+
+    async fn set_config(&self, config: Config) -> Result<Config, BackendError> {
+        self.tracer
+            .set_config(config)
+            .await
+            .ok_or(BackendError::Ended)?
+            .map_err(|error| BackendError::Failed(format!("cannot tell the BPF programs: {error}")))
     }
 
     async fn processes(&self) -> Result<serde_json::Value, BackendError> {

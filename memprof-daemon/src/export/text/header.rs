@@ -72,13 +72,19 @@ impl<W: Write> Report<'_, W> {
             self.fact("resident", &(resident + ")"))?;
         }
         let samples = units::counted(total.samples, "sample");
-        match profile.sample_interval_bytes {
-            0 => self.fact("sampling", "off")?,
-            1 => self.fact("exact", &format!("every allocation counted: {samples}"))?,
-            interval => {
-                let interval = units::bytes(interval);
-                let estimated =
-                    format!("from {samples}, one every {interval} on average; ranges are 95% sure");
+        let now = match profile.sample_interval_bytes {
+            0 => "none at present".to_owned(),
+            1 => "every allocation at present".to_owned(),
+            interval => format!("one every {} on average", units::bytes(interval)),
+        };
+        match (
+            profile.sample_interval_bytes,
+            profile.coarsest_interval_bytes,
+        ) {
+            (0, 0) => self.fact("sampling", "off")?,
+            (1, 0 | 1) => self.fact("exact", &format!("every allocation counted: {samples}"))?,
+            _ => {
+                let estimated = format!("from {samples}, {now}; ranges are 95% sure");
                 self.fact("estimated", &estimated)?;
             }
         }

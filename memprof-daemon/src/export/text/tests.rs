@@ -25,6 +25,7 @@ fn report() {
 fn exact_numbers_have_no_ranges() {
     let mut profile = testing::profile();
     profile.sample_interval_bytes = 1;
+    profile.coarsest_interval_bytes = 1;
     for stack in profile
         .processes
         .iter_mut()
@@ -50,6 +51,7 @@ fn nothing_sampled() {
         (0, "sampling is off"),
     ] {
         profile.sample_interval_bytes = interval;
+        profile.coarsest_interval_bytes = interval;
         let text = text(&profile, &Options::default());
         assert!(text.contains(hint), "{text}");
         assert!(text.contains("leaky;app (pid 4242)"), "{text}");

@@ -8,6 +8,7 @@
 
 mod attaching;
 mod booking;
+mod config;
 mod life;
 mod reporting;
 mod totals;
@@ -19,7 +20,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
 use memprof_common::{
     config::TargetConfig,
     counters::{COUNTERS, TargetCounters},
@@ -42,6 +43,7 @@ use super::{
     target::{AttachReply, Attached, Target, TargetError},
 };
 use crate::{
+    config::Config,
     decode::decode,
     ledger::Ledger,
     probe::{
@@ -121,6 +123,13 @@ pub(super) enum Command {
     Stats {
         reply: oneshot::Sender<Stats>,
     },
+    Config {
+        reply: oneshot::Sender<Config>,
+    },
+    SetConfig {
+        config: Config,
+        reply: oneshot::Sender<Result<Config, MapError>>,
+    },
     Processes {
         reply: oneshot::Sender<Vec<ProcessSummary>>,
     },
@@ -195,6 +204,24 @@ impl TracerHandle {
         answer.await.ok()
     }
 
+    /// The settings in force; none if the tracer has ended.
+    pub async fn config(&self) -> Option<Config> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Config { reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Puts settings in force, for all processes or for none; none if the tracer
+    /// has ended.
+    pub async fn set_config(&self, config: Config) -> Option<Result<Config, MapError>> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::SetConfig { config, reply })
+            .await
+            .ok()?;
+        answer.await.ok()
+    }
+
     /// The processes that are or were traced; none if the tracer has ended.
     pub async fn processes(&self) -> Option<Vec<ProcessSummary>> {
         let (reply, answer) = oneshot::channel();
@@ -223,6 +250,8 @@ impl TracerHandle {
 /// The owner of the books, of the maps and of all targets.
 pub struct Tracer {
     options: TracerOptions,
+    /// The largest sampling interval that was ever in force.
+    coarsest_interval_bytes: u64,
     ring: EventRing,
     target_map: Array<MapData, TargetConfig>,
     slot_map: HashMap<MapData, u32, u32>,
@@ -273,6 +302,7 @@ impl Tracer {
         let log = loaded.log.map(LogReader::new).transpose()?;
         let tracer = Self {
             options,
+            coarsest_interval_bytes: options.sample_interval_bytes,
             ring: EventRing::new(loaded.maps.events, options.sizes.ring_bytes)?,
             target_map: loaded.maps.targets,
             slot_map: loaded.maps.slots,
@@ -375,6 +405,13 @@ impl Tracer {
             Command::Processes { reply } => {
                 let processes = self.processes();
                 let _ = reply.send(processes);
+            }
+            Command::Config { reply } => {
+                let _ = reply.send(self.config());
+            }
+            Command::SetConfig { config, reply } => {
+                let result = self.set_config(config);
+                let _ = reply.send(result);
             }
             Command::Stats { reply } => {
                 let stats = self.stats();

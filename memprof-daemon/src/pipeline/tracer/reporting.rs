@@ -60,6 +60,7 @@ impl Tracer {
             captured_at: SystemTime::now(),
             duration,
             sample_interval_bytes: self.options.sample_interval_bytes,
+            coarsest_interval_bytes: self.coarsest_interval_bytes,
             probe,
             images,
         }

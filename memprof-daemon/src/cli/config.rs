@@ -1,0 +1,53 @@
+//! `memprof config`.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::Args;
+use hyper::Method;
+
+use super::{client::request, socket::DEFAULT_SOCKET};
+use crate::{
+    config::{Config, parse_interval},
+    export::units,
+};
+
+/// Show or change the settings of a running daemon.
+///
+/// Blocks that were sampled before a change keep their weight, and totals go on.
+#[derive(Debug, Args)]
+pub(super) struct ConfigArgs {
+    /// Socket of the daemon
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// New mean bytes between samples; 1 takes every allocation, 0 none
+    #[arg(short = 'i', long, value_name = "BYTES", value_parser = parse_interval)]
+    sample_interval: Option<u64>,
+}
+
+pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
+    let (method, body) = match args.sample_interval {
+        Some(sample_interval_bytes) => {
+            let config = Config {
+                sample_interval_bytes,
+            };
+            (Method::PUT, serde_json::to_string(&config)?)
+        }
+        None => (Method::GET, String::new()),
+    };
+    let answer = request(&args.socket, method, "/v1/config", body);
+    let answer = super::runtime()?.block_on(answer)?;
+    let config: Config =
+        serde_json::from_slice(&answer).context("the daemon's answer is no configuration")?;
+    let meaning = match config.sample_interval_bytes {
+        0 => "off".to_owned(),
+        1 => "every allocation".to_owned(),
+        bytes => units::bytes(bytes),
+    };
+    println!(
+        "sample interval  {} bytes ({meaning})",
+        config.sample_interval_bytes
+    );
+    Ok(ExitCode::SUCCESS)
+}

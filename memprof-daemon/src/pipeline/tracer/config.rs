@@ -1,0 +1,56 @@
+//! Changing the settings of a running tracer.
+
+use aya::maps::MapError;
+use tracing::{info, warn};
+
+use super::Tracer;
+use crate::config::Config;
+
+impl Tracer {
+    /// The settings in force.
+    pub(super) const fn config(&self) -> Config {
+        Config {
+            sample_interval_bytes: self.options.sample_interval_bytes,
+        }
+    }
+
+    /// Puts new settings in force, for the present targets and those to come:
+    /// for all or for none.
+    ///
+    /// BPF reads a target's interval once a call, decides by it and sends it along
+    /// with the sample. So nothing that was sampled before changes its weight.
+    pub(super) fn set_config(&mut self, config: Config) -> Result<Config, MapError> {
+        let before = self.config();
+        if let Err(error) = self.write_interval(config.sample_interval_bytes) {
+            if let Err(error) = self.write_interval(before.sample_interval_bytes) {
+                warn!(%error, "cannot take the change of the interval back");
+            }
+            return Err(error);
+        }
+        self.options.sample_interval_bytes = config.sample_interval_bytes;
+        self.coarsest_interval_bytes = self
+            .coarsest_interval_bytes
+            .max(config.sample_interval_bytes);
+        info!(
+            from = before.sample_interval_bytes,
+            to = config.sample_interval_bytes,
+            "the sampling interval has changed"
+        );
+        Ok(config)
+    }
+
+    /// Rewrites the interval of each target, and nothing else of what BPF was
+    /// told of it. A target that it has not been told of yet gets the interval
+    /// that is in force then.
+    fn write_interval(&mut self, sample_interval_bytes: u64) -> Result<(), MapError> {
+        for (&pid, target) in self.targets.iter().filter(|(_, target)| target.is_live()) {
+            let slot = u32::from(target.slot);
+            let mut entry = self.target_map.get(&slot, 0)?;
+            if entry.pid == pid {
+                entry.sample_interval_bytes = sample_interval_bytes;
+                self.target_map.set(slot, entry, 0)?;
+            }
+        }
+        Ok(())
+    }
+}
