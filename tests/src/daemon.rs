@@ -26,7 +26,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts one on `pids`, with its socket in `dir`, that takes every
-    /// allocation.
+    /// allocation unless `options` say otherwise.
     #[must_use]
     pub fn start(dir: &TempDir, pids: &[u32], options: &[&str]) -> Self {
         let socket = dir.file("memprof.sock");
@@ -36,7 +36,10 @@ impl Daemon {
     /// As [`Self::start`], with a socket of any path.
     #[must_use]
     pub fn start_on(socket: &str, pids: &[u32], options: &[&str]) -> Self {
-        let mut command = memprof(&["daemon", "-i", "1", "--socket", socket]);
+        let mut command = memprof(&["daemon", "--socket", socket]);
+        if !options.contains(&"-i") {
+            command.args(["-i", "1"]);
+        }
         for pid in pids {
             command.args(["-p", &pid.to_string()]);
         }

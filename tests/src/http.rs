@@ -46,6 +46,12 @@ pub fn get(socket: impl AsRef<Path>, path: &str) -> Response {
 /// Sends a request without a body.
 #[must_use]
 pub fn request(socket: &Path, method: &str, path: &str) -> Response {
+    request_with(socket, method, path, "")
+}
+
+/// Sends a request.
+#[must_use]
+pub fn request_with(socket: &Path, method: &str, path: &str, body: &str) -> Response {
     let mut stream =
         UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
     stream
@@ -56,7 +62,9 @@ pub fn request(socket: &Path, method: &str, path: &str) -> Response {
         .expect("a write timeout");
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
     )
     .expect("sending a request");
     let mut answer = Vec::new();

@@ -19,7 +19,7 @@ pub use self::{
     daemon::Daemon,
     dir::TempDir,
     memprof::memprof,
-    profile::{Process, Profile, Stack, Totals, sum},
+    profile::{CallTotals, Process, Profile, Stack, Totals, sum},
     record::{End, Record, Recorded},
     running::{Finished, LIMIT, LONG_LIMIT, Running},
     targets::{Target, target},

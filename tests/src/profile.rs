@@ -58,10 +58,59 @@ pub struct Process {
     pub exe: String,
     /// It has ended, or replaced its program.
     pub exited: bool,
+    /// For how long it was traced.
+    pub traced_s: f64,
+    /// All calls, counted exactly.
+    pub totals: Option<CallTotals>,
+    /// Allocating calls by size.
+    pub size_histogram: Option<Vec<SizeClass>>,
     /// What was lost, by cause.
     pub losses: BTreeMap<String, u64>,
+    /// Sums over its stacks.
+    pub estimates: Estimates,
     /// Its stacks.
     pub stacks: Vec<Stack>,
+}
+
+/// Exact numbers of calls.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub struct CallTotals {
+    /// Calls that asked for a block.
+    pub alloc_calls: u64,
+    /// Bytes asked for.
+    pub alloc_bytes: u64,
+    /// Calls that gave a block up.
+    pub free_calls: u64,
+}
+
+/// The calls that asked for sizes in a range.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub struct SizeClass {
+    /// The smallest.
+    pub min_bytes: u64,
+    /// The largest, if there is one.
+    pub max_bytes: Option<u64>,
+    /// How many calls.
+    pub calls: u64,
+}
+
+/// Sums over the stacks of a process, with their intervals.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub struct Estimates {
+    /// Allocations.
+    pub alloc_objects: u64,
+    /// Their bytes.
+    pub alloc_bytes: u64,
+    /// 95% confidence interval of them.
+    pub alloc_bytes_ci95: [u64; 2],
+    /// Those not freed.
+    pub inuse_objects: u64,
+    /// Their bytes.
+    pub inuse_bytes: u64,
+    /// 95% confidence interval of them.
+    pub inuse_bytes_ci95: [u64; 2],
+    /// Samples that the numbers rest on.
+    pub samples: u64,
 }
 
 /// A stack and its numbers.
@@ -71,10 +120,14 @@ pub struct Stack {
     pub alloc_objects: u64,
     /// Their bytes.
     pub alloc_bytes: u64,
+    /// 95% confidence interval of them.
+    pub alloc_bytes_ci95: [u64; 2],
     /// Those not freed.
     pub inuse_objects: u64,
     /// Their bytes.
     pub inuse_bytes: u64,
+    /// 95% confidence interval of them.
+    pub inuse_bytes_ci95: [u64; 2],
     /// Samples that the numbers rest on.
     pub samples: u64,
     /// There were more callers than frames.
@@ -209,6 +262,12 @@ impl Process {
             self.stacks.iter().map(Stack::path).collect::<Vec<_>>()
         );
         stacks[0]
+    }
+
+    /// Its exact totals, which must be known.
+    #[must_use]
+    pub fn exact(&self) -> CallTotals {
+        self.totals.expect("exact totals")
     }
 
     /// What was lost for one cause.

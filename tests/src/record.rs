@@ -102,6 +102,14 @@ impl<'a> Record<'a> {
         self.run_command(&mut command)
     }
 
+    /// As [`Self::command`], of a program that is not ours.
+    #[must_use]
+    pub fn program(self, program: &str, args: &[&str]) -> Recorded {
+        let mut command = self.start();
+        command.arg("--").arg(program).args(args);
+        self.run_command(&mut command)
+    }
+
     fn run_command(self, command: &mut Command) -> Recorded {
         let mut memprof = Running::spawn(command);
         memprof.send_last("go");
