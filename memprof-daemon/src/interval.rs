@@ -20,7 +20,7 @@ pub struct Interval {
 /// largest interval that any of the samples was taken at.
 ///
 /// It is a score interval: the true value T is in it if the estimate y is within
-/// [`Z`] of the standard deviations that there would be *if T were true*. For
+/// Z of the standard deviations that there would be *if T were true*. For
 /// each byte more than was estimated, the variance is larger by R at most, since
 /// Var / S = S (1 - P) / P <= R: so those T with (y - T)^2 <= Z^2 (v + R (T - y)),
 ///
