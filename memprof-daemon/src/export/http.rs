@@ -17,6 +17,8 @@
 //! makes no sense, 404 for a process or a path that is not there, 405 for another
 //! method, 503 while the daemon ends.
 
+mod body;
+
 use std::{future::Future, str::FromStr as _};
 
 use axum::{
@@ -30,6 +32,7 @@ use axum::{
 use serde::Deserialize;
 use thiserror::Error;
 
+use self::body::written;
 use super::{Format, profile::Profile};
 use crate::config::Config;
 
@@ -157,13 +160,6 @@ async fn profile<B: Backend>(
         format => Format::from_str(format).map_err(|error| bad(error.to_string()))?,
     };
     let profile = backend.profile(pid).await?;
-    // Large profiles take a while to write; other requests should not wait.
-    let body = tokio::task::spawn_blocking(move || {
-        let mut body = Vec::new();
-        super::write(format, &profile, &mut body).map(|()| body)
-    })
-    .await
-    .map_err(|error| ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
-    .map_err(|error| ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let body = written(move |out| super::write(format, &profile, out));
     Ok(([(header::CONTENT_TYPE, format.content_type())], body).into_response())
 }

@@ -1,24 +1,21 @@
 //! JSON, schema `memprof.profile/1`: `docs/json.md` says what each field means,
 //! `docs/memprof.profile-1.schema.json` says it to machines.
 
+mod frames;
+
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
     io::{self, BufWriter, Write},
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use serde::{Serialize, Serializer};
 
-use crate::{
-    export::{
-        line::{FrameLine, build_id, lines, mapped_file, module},
-        numbers::{Numbers, by_inuse},
-        profile::{ProbeSite, ProcessProfile, Profile, StackProfile},
-        totals::{CallTotals, SizeClass},
-    },
-    symbolize::frame::Frame,
+use self::frames::{Frames, Written};
+use crate::export::{
+    numbers::{Numbers, by_inuse},
+    profile::{ProbeSite, ProcessProfile, Profile, StackProfile},
+    totals::{CallTotals, SizeClass},
 };
 
 /// The value of the field `schema`.
@@ -170,7 +167,12 @@ struct Stacks<'a>(&'a ProcessProfile);
 
 impl Serialize for Stacks<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(by_inuse(self.0).into_iter().map(Stack::from))
+        let written = Written::default();
+        serializer.collect_seq(
+            by_inuse(self.0)
+                .into_iter()
+                .map(|(stack, numbers)| Stack::new(stack, numbers, &written)),
+        )
     }
 }
 
@@ -208,64 +210,15 @@ struct Stack<'a> {
     frames: Frames<'a>,
 }
 
-impl<'a> From<(&'a StackProfile, Numbers)> for Stack<'a> {
-    fn from((stack, numbers): (&'a StackProfile, Numbers)) -> Self {
+impl<'a> Stack<'a> {
+    fn new(stack: &'a StackProfile, numbers: Numbers, written: &'a Written<'a>) -> Self {
         Self {
             estimates: numbers.into(),
             truncated: stack.truncated,
-            frames: Frames(&stack.frames),
-        }
-    }
-}
-
-struct Frames<'a>(&'a [Arc<Frame>]);
-
-impl Serialize for Frames<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(lines(self.0).map(FrameObject::from))
-    }
-}
-
-/// A frame that has a `function`, or one that says why it is `unknown`.
-#[derive(Serialize)]
-struct FrameObject<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    function: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    unknown: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    module: Option<Cow<'a, str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    build_id: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file_offset: Option<u64>,
-    /// Only where there is no place in a file: two stacks must not read the
-    /// same because their frames have no names.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    address: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    line: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    inlined: Option<bool>,
-}
-
-impl<'a> From<FrameLine<'a>> for FrameObject<'a> {
-    fn from(line: FrameLine<'a>) -> Self {
-        let frame = line.frame;
-        let known = line.function.ok();
-        Self {
-            function: known.map(|known| known.function.as_str()),
-            unknown: line.function.err().map(|reason| reason.name()),
-            module: module(frame),
-            build_id: mapped_file(frame).and_then(build_id),
-            file_offset: frame.file_offset.map(|offset| offset.0),
-            address: (frame.file_offset.is_none() && frame.address.0 != 0)
-                .then(|| frame.address.to_string()),
-            file: known.and_then(|known| known.file.as_deref()),
-            line: known.and_then(|known| known.line),
-            inlined: known.map(|_| line.inlined),
+            frames: Frames {
+                frames: &stack.frames,
+                written,
+            },
         }
     }
 }

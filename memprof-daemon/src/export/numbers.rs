@@ -1,11 +1,15 @@
 //! The numbers of a stack, rounded: estimates are rounded once, at the very end.
 
-use std::cmp::Reverse;
+use std::{
+    cmp::{Ordering, Reverse},
+    sync::Arc,
+};
 
 use crate::{
     export::profile::{ProcessProfile, StackProfile},
     interval::{Interval, interval_95},
     ledger::snapshot::StackCounters,
+    symbolize::frame::Frame,
 };
 
 /// What a value of a profile counts; the names are pprof's.
@@ -174,18 +178,24 @@ fn sorted(
         .map(|stack| (stack, Numbers::of(&stack.counters)))
         .collect();
     stacks.sort_by(|(left_stack, left), (right_stack, right)| {
-        let places = |stack: &StackProfile| -> Vec<_> {
-            let frames = stack.frames.iter();
-            frames
-                .map(|frame| (frame.file_offset, frame.address))
-                .collect()
-        };
         Reverse(bytes(left))
             .cmp(&Reverse(bytes(right)))
             .then_with(|| right.alloc_objects.cmp(&left.alloc_objects))
-            .then_with(|| places(left_stack).cmp(&places(right_stack)))
+            .then_with(|| by_place(&left_stack.frames, &right_stack.frames))
     });
     stacks
+}
+
+/// Compares stacks by where their calls are, leaf first.
+fn by_place(left: &[Arc<Frame>], right: &[Arc<Frame>]) -> Ordering {
+    let place = |frame: &Frame| (frame.file_offset, frame.address);
+    left.iter()
+        .zip(right)
+        // Most frames of two stacks are the same ones.
+        .filter(|(left, right)| !Arc::ptr_eq(left, right))
+        .map(|(left, right)| place(left).cmp(&place(right)))
+        .find(|order| order.is_ne())
+        .unwrap_or_else(|| left.len().cmp(&right.len()))
 }
 
 #[cfg(test)]

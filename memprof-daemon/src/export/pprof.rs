@@ -6,6 +6,7 @@ mod proto;
 use std::{
     collections::{HashMap, hash_map::Entry},
     io::{self, BufWriter, Write},
+    ptr,
     time::SystemTime,
 };
 
@@ -151,11 +152,23 @@ impl Builder {
         } else {
             Vec::new()
         };
+        let mut known: HashMap<*const Frame, u64> = HashMap::new();
         for (stack, numbers) in by_inuse(process) {
             if numbers.is_zero() {
                 continue;
             }
-            let locations = stack.frames.iter().map(|frame| self.location(frame));
+            let locations = stack.frames.iter().map(|frame| {
+                // Stacks share their frames, which the profile keeps in place.
+                let key = ptr::from_ref(&**frame);
+                match known.get(&key) {
+                    Some(&id) => id,
+                    None => {
+                        let id = self.location(frame);
+                        known.insert(key, id);
+                        id
+                    }
+                }
+            });
             let location_id = locations.collect();
             self.message.sample.push(proto::Sample {
                 location_id,
