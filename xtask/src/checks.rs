@@ -1,6 +1,10 @@
 //! `cargo xtask test` and `cargo xtask lint`.
 
-use std::{env, path::Path, process::Command};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -16,8 +20,8 @@ fn cargo(workspace: &Path) -> Command {
     command
 }
 
-/// Every test: the unit tests, and the end-to-end tests as root. `filter` is
-/// passed on to the latter.
+/// Every test: the unit tests, and the end-to-end tests as root, these once for
+/// each way to attach that the kernel has. `filter` is passed on to the latter.
 ///
 /// # Errors
 ///
@@ -29,10 +33,49 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     // The end-to-end tests run this binary; they would build it themselves, but
     // as root, and after each other.
     run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
-    let mut command = cargo_as_root(workspace)?;
-    command.args(["test", "--package", "memprof-tests", "--no-fail-fast"]);
-    command.arg("--").arg(PARALLEL_TESTS).args(filter);
-    run(&mut command)
+    for mode in probe_modes(workspace)? {
+        println!("\nEnd-to-end tests, probes attached by {mode}:");
+        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.current_dir(workspace).env(PROBE_MODE, &mode);
+        if !is_root()? {
+            command
+                .arg("--config")
+                .arg(sudo_runner(&[(PROBE_MODE, &mode)])?);
+        }
+        command.args(["test", "--package", "memprof-tests", "--no-fail-fast"]);
+        command.arg("--").arg(PARALLEL_TESTS).args(filter);
+        run(&mut command)?;
+    }
+    Ok(())
+}
+
+/// How memprof is told to attach its probes.
+const PROBE_MODE: &str = "MEMPROF_PROBE";
+
+/// The ways to attach that this kernel has, as the built memprof tells. Those it
+/// has not are named: they are not tested here.
+fn probe_modes(workspace: &Path) -> Result<Vec<String>> {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    let memprof = workspace.join(target).join("debug/memprof");
+    let mut command = if is_root()? {
+        Command::new(&memprof)
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg(&memprof);
+        sudo
+    };
+    let output = command.arg("check").output().context("run memprof check")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("ok    probe modes"))
+        .with_context(|| format!("this host cannot run memprof:\n{text}"))?;
+    println!("probe modes: {}", line.trim());
+    let (there, _) = line.split_once(':').context("no modes in memprof check")?;
+    Ok(there
+        .split(',')
+        .map(|mode| mode.trim().to_owned())
+        .collect())
 }
 
 /// The tests within each crate. Some load BPF programs, and run as root.
@@ -93,7 +136,7 @@ pub(crate) fn docs(workspace: &Path) -> Result<()> {
 fn cargo_as_root(workspace: &Path) -> Result<Command> {
     let mut command = cargo(workspace);
     if !is_root()? {
-        command.arg("--config").arg(sudo_runner()?);
+        command.arg("--config").arg(sudo_runner(&[])?);
     }
     Ok(command)
 }
@@ -105,7 +148,7 @@ fn is_root() -> Result<bool> {
 
 /// A cargo setting that runs test binaries by sudo, with the variables they
 /// need: sudo's own rules drop PATH, and with it the compilers.
-fn sudo_runner() -> Result<String> {
+fn sudo_runner(variables: &[(&str, &str)]) -> Result<String> {
     if Command::new("sudo").arg("--version").output().is_err() {
         bail!("the tests load BPF programs: run this as root, or install sudo");
     }
@@ -114,6 +157,9 @@ fn sudo_runner() -> Result<String> {
         if let Ok(value) = env::var(name) {
             words.push(format!("{name}={value}"));
         }
+    }
+    for (name, value) in variables {
+        words.push(format!("{name}={value}"));
     }
     Ok(format!("target.'cfg(all())'.runner={words:?}"))
 }
