@@ -3,10 +3,12 @@
 //! against it.
 //!
 //! ```text
-//! floor -p PID [--probe session|multi|perf] [--entry-only]
+//! floor -p PID [--probe session|multi|perf] [--entry-only] [--at-start]
 //! ```
 //!
-//! It says `floor: attached` on stderr, and ends on SIGINT or SIGTERM.
+//! With `--entry-only` returns are left alone; with `--at-start` the probes are
+//! at the first instruction of each function, emulated or not. It says
+//! `floor: attached` on stderr, and ends on SIGINT or SIGTERM.
 
 use std::{error::Error, process::ExitCode};
 
@@ -20,10 +22,12 @@ struct Arguments {
     pid: u32,
     mode: ModeChoice,
     entry_only: bool,
+    at_start: bool,
 }
 
 fn arguments() -> Result<Arguments, Box<dyn Error>> {
-    let (mut pid, mut mode, mut entry_only) = (None, ModeChoice::Auto, false);
+    let (mut pid, mut mode) = (None, ModeChoice::Auto);
+    let (mut entry_only, mut at_start) = (false, false);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
@@ -31,6 +35,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
             "-p" => pid = Some(value()?.parse()?),
             "--probe" => mode = value()?.parse()?,
             "--entry-only" => entry_only = true,
+            "--at-start" => at_start = true,
             _ => return Err(format!("`{word}` is no option").into()),
         }
     }
@@ -38,6 +43,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
         pid: pid.ok_or("-p PID is needed")?,
         mode,
         entry_only,
+        at_start,
     })
 }
 
@@ -56,7 +62,11 @@ fn run() -> Result<(), Box<dyn Error>> {
         for found in &module.sites {
             sites.push(Site {
                 path: module.attach_path.clone(),
-                file_offset: found.probe_offset(),
+                file_offset: if arguments.at_start {
+                    found.file_offset
+                } else {
+                    found.probe_offset()
+                },
                 function: found.function,
                 number: u16::try_from(sites.len())?,
             });

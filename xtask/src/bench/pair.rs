@@ -17,7 +17,7 @@ use super::{
     process::{LIMIT, Process, number},
     report::{Outcome, PairRow, PairTable},
     stats::{Estimate, median, ratios},
-    tools::{Probe, Tool, Work},
+    tools::{Place, Probe, Tool, Work},
 };
 
 /// The most blocks that `malloc` may keep, a thread.
@@ -29,6 +29,26 @@ const CHUNKS: usize = 3;
 /// Rounds after which a row that is not stable is called so.
 const MOST_ROUNDS: usize = 40;
 
+/// Turns in a round. Tools with a bar of a few percent have every turn, all
+/// others the first.
+const TURNS: usize = 3;
+
+/// Whether a bar is about the ratio of this tool to another.
+fn has_every_turn(tool: Option<Tool>) -> bool {
+    matches!(
+        tool,
+        Some(
+            Tool::Floor {
+                probe: Probe::Session,
+                place: Place::Sites | Place::SitesOnly,
+            } | Tool::Memprof {
+                probe: Some(Probe::Session),
+                interval: None,
+            }
+        )
+    )
+}
+
 /// The rows of the floor whose ratio tells what memprof itself adds.
 fn floor_of(tool: Tool, variant: &Variant) -> Option<Tool> {
     match tool {
@@ -36,7 +56,11 @@ fn floor_of(tool: Tool, variant: &Variant) -> Option<Tool> {
             probe: Some(probe), ..
         } => Some(Tool::Floor {
             probe,
-            entry_only: variant.only_malloc,
+            place: if variant.only_malloc {
+                Place::SitesOnly
+            } else {
+                Place::Sites
+            },
         }),
         _ => None,
     }
@@ -71,20 +95,19 @@ pub(super) const VARIANTS: [Variant; 3] = [
 
 /// Tools in the order of a round: a floor stands beside what it is the floor of.
 fn tools(context: &Context) -> Vec<Tool> {
-    let floor = |probe, entry_only| Tool::Floor { probe, entry_only };
+    let floor = |probe, place| Tool::Floor { probe, place };
     let memprof = |probe, interval| Tool::Memprof { probe, interval };
     let mut tools = vec![
-        floor(Probe::Session, false),
+        floor(Probe::Session, Place::Sites),
         memprof(Some(Probe::Session), None),
-        floor(Probe::Session, true),
+        floor(Probe::Session, Place::SitesOnly),
         memprof(Some(Probe::Session), Some("64KiB")),
         memprof(Some(Probe::Session), Some("1")),
-        floor(Probe::Multi, false),
+        floor(Probe::Session, Place::Starts),
+        floor(Probe::Multi, Place::Sites),
         memprof(Some(Probe::Multi), None),
-        floor(Probe::Multi, true),
-        floor(Probe::Perf, false),
+        floor(Probe::Perf, Place::Sites),
         memprof(Some(Probe::Perf), None),
-        floor(Probe::Perf, true),
     ];
     if !context.has_probe_option {
         tools.extend([None, Some("64KiB"), Some("1")].map(|interval| memprof(None, interval)));
@@ -164,7 +187,7 @@ impl Target {
     }
 }
 
-/// The values of one tool, a round each; `None` where a round failed.
+/// The values of one tool, one a turn; `None` where it failed or had no turn.
 struct Series {
     name: String,
     tool: Option<Tool>,
@@ -196,6 +219,13 @@ impl Series {
         for (index, value) in values.into_iter().enumerate() {
             self.values[index].push(value);
             self.none[index].push(Some(none[index]));
+        }
+    }
+
+    fn skip(&mut self) {
+        for index in 0..VARIANTS.len() {
+            self.values[index].push(None);
+            self.none[index].push(None);
         }
     }
 
@@ -269,10 +299,15 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<PairTab
     let mut longest = Duration::ZERO;
     while round < MOST_ROUNDS && (round == 0 || Instant::now() + longest < deadline) {
         let started = Instant::now();
-        for series in attached.iter_mut().filter(|series| series.is_measured()) {
-            let none = target.measure(context.cpus, plain)?;
-            if let Some(tool) = series.tool {
-                series.push(none, under(tool, context, &mut target, none, chunk));
+        for turn in 0..TURNS {
+            for series in attached.iter_mut().filter(|series| series.is_measured()) {
+                match series.tool {
+                    Some(tool) if turn == 0 || has_every_turn(series.tool) => {
+                        let none = target.measure(context.cpus, plain)?;
+                        series.push(none, under(tool, context, &mut target, none, chunk));
+                    }
+                    _ => series.skip(),
+                }
             }
         }
         for (series, other) in &mut preloaded {

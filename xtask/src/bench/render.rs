@@ -128,7 +128,7 @@ fn pair(out: &mut String, table: &PairTable) {
         out,
         &format!("{} ({} {threads})", capital(&table.name), table.threads),
         &format!(
-            "| tool | ns a {} | over none | over its floor | rounds | |\n|---|---|---|---|---|---|",
+            "| tool | ns a {} | over none | over its floor | measured | |\n|---|---|---|---|---|---|",
             table.operation
         ),
     );

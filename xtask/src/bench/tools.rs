@@ -47,6 +47,17 @@ impl Probe {
     }
 }
 
+/// Where empty programs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Where memprof has its own, returns included.
+    Sites,
+    /// The same without returns.
+    SitesOnly,
+    /// At the first instruction of each function, emulated or not.
+    Starts,
+}
+
 /// A tool that is put on a running process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tool {
@@ -54,8 +65,8 @@ pub(super) enum Tool {
     Floor {
         /// How they are attached.
         probe: Probe,
-        /// Nothing at the returns.
-        entry_only: bool,
+        /// Where.
+        place: Place,
     },
     /// `memprof record`.
     Memprof {
@@ -73,9 +84,13 @@ pub(super) enum Tool {
 impl fmt::Display for Tool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Floor { probe, entry_only } => {
-                let only = if *entry_only { ", entries only" } else { "" };
-                write!(f, "floor {}{only}", probe.name())
+            Self::Floor { probe, place } => {
+                let place = match place {
+                    Place::Sites => "",
+                    Place::SitesOnly => ", no returns",
+                    Place::Starts => ", at the functions' first instructions",
+                };
+                write!(f, "floor {}{place}", probe.name())
             }
             Self::Memprof { probe, interval } => {
                 write!(f, "memprof {}", probe.map_or("auto", Probe::name))?;
@@ -138,9 +153,17 @@ impl Tool {
             Self::Memleak => Command::new(path(&context.memleak)?),
         };
         match self {
-            Self::Floor { probe, entry_only } => {
+            Self::Floor { probe, place } => {
                 command.args(["-p", &pid_word, "--probe", probe.name()]);
-                command.args(entry_only.then_some("--entry-only"));
+                match place {
+                    Place::Sites => {}
+                    Place::SitesOnly => {
+                        command.arg("--entry-only");
+                    }
+                    Place::Starts => {
+                        command.arg("--at-start");
+                    }
+                }
             }
             Self::Memprof { .. } => {
                 let _ = fs::remove_file(&profile);
