@@ -50,8 +50,9 @@ pub struct ExecEvent {
     pub pid: u32,
     /// The epoch of the new program.
     pub epoch: u32,
-    /// Reserved, 0.
-    pub reserved: u32,
+    /// 1 if a thread other than the first replaced the program, else 0. It has
+    /// taken the first one's id, and probes that were bound to that are off.
+    pub by_other_thread: u32,
     /// Name of the new program, padded with zeros: it may have ended before the
     /// daemon can ask.
     pub comm: [u8; COMM_BYTES],

@@ -117,11 +117,12 @@ pub fn decode(record: &[u8]) -> Result<Sample, DecodeError> {
                 pid: reader.u32(),
                 epoch: reader.u32(),
             };
-            let _reserved = reader.u32();
+            let by_other_thread = reader.u32() != 0;
             let comm: [u8; COMM_BYTES] = reader.take();
             let comm = comm.split(|&byte| byte == 0).next().unwrap_or_default();
             Ok(Sample::Exec {
                 image,
+                by_other_thread,
                 comm: String::from_utf8_lossy(comm).into_owned(),
             })
         }
@@ -225,7 +226,7 @@ mod tests {
                 alloc_timestamp_ns: 11
             }))
         );
-        let mut record: Vec<u8> = [KIND_EXEC, 7, 1, 0]
+        let mut record: Vec<u8> = [KIND_EXEC, 7, 1, 1]
             .into_iter()
             .flat_map(u32::to_ne_bytes)
             .collect();
@@ -234,6 +235,7 @@ mod tests {
             decode(&record),
             Ok(Sample::Exec {
                 image,
+                by_other_thread: true,
                 comm: "sqlite3".to_owned()
             })
         );

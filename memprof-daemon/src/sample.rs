@@ -61,6 +61,9 @@ pub enum Sample {
     Exec {
         /// The new image.
         image: ImageId,
+        /// Whether a thread other than the first did it. Probes that were bound to
+        /// the first thread are off then.
+        by_other_thread: bool,
         /// Its name.
         comm: String,
     },

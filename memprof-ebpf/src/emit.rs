@@ -44,7 +44,7 @@ pub(crate) fn free(key: &LiveKey, alloc_timestamp_ns: u64) -> bool {
 
 /// Sends an exec event; false if there is no room.
 #[inline(always)]
-pub(crate) fn exec(pid: u32, epoch: u32, comm: [u8; COMM_BYTES]) -> bool {
+pub(crate) fn exec(pid: u32, epoch: u32, by_other_thread: bool, comm: [u8; COMM_BYTES]) -> bool {
     let Some(mut event) = EVENTS.reserve::<ExecEvent>(0) else {
         return false;
     };
@@ -52,7 +52,7 @@ pub(crate) fn exec(pid: u32, epoch: u32, comm: [u8; COMM_BYTES]) -> bool {
         kind: KIND_EXEC,
         pid,
         epoch,
-        reserved: 0,
+        by_other_thread: u32::from(by_other_thread),
         comm,
     });
     event.submit(0);

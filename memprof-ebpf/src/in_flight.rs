@@ -54,6 +54,12 @@ pub(crate) fn current_thread() -> u64 {
     bpf_get_current_pid_tgid()
 }
 
+/// As [`current_thread`], of any thread.
+#[inline(always)]
+pub(crate) const fn thread_of(pid: u32, thread: u32) -> u64 {
+    (pid as u64) << 32 | thread as u64
+}
+
 /// Whether a call of `thread` at `cookie` with this stack pointer runs inside
 /// another call in flight.
 ///

@@ -7,7 +7,7 @@ use memprof_common::counters::DropReason;
 use crate::{
     counters::count,
     emit,
-    in_flight::{current_thread, forget},
+    in_flight::{current_thread, forget, thread_of},
     maps::{SLOTS, STATES},
 };
 
@@ -21,6 +21,13 @@ pub(crate) fn exec(ctx: &RawTracePointContext) {
     };
     // The call that `execve` interrupted in another thread, or left in this one.
     forget(current_thread());
+    // `trace_sched_process_exec(current, old_pid, bprm)` in `fs/exec.c`: the
+    // thread's id before it took that of the first thread.
+    let old_thread = ctx.arg::<u32>(1);
+    let by_other_thread = old_thread != pid;
+    if by_other_thread {
+        forget(thread_of(pid, old_thread));
+    }
     let Some(state) = STATES.get_ptr_mut(slot) else {
         return;
     };
@@ -36,7 +43,7 @@ pub(crate) fn exec(ctx: &RawTracePointContext) {
     );
     // Fails for no name that the kernel has.
     let comm = ctx.command().unwrap_or_default();
-    if !emit::exec(pid, epoch, comm) {
+    if !emit::exec(pid, epoch, by_other_thread, comm) {
         warn!(ctx, "no room in the ring for the exec of process {}", pid);
         count(slot, DropReason::ExecRingFull);
     }

@@ -371,6 +371,43 @@ fn exec_is_a_new_image() {
     );
 }
 
+/// Check that a process goes on being traced when a thread that is not its first
+/// one replaces the program, although the kernel drops the probes of it then.
+#[test]
+fn exec_by_another_thread() {
+    let dir = TempDir::new("record");
+    let file = dir.file("profile.json");
+    let hold = target("hold.c");
+    let becoming = target("exec_thread.c");
+    let mut becoming = Running::spawn(&mut becoming.command(&[hold.text(), "17", "170"]));
+    becoming.wait_stdout(|line| line == "ready");
+    let pid = becoming.pid();
+    let mut command = memprof(&["record", "-i", "1", "-o", &file, "-p", &pid.to_string()]);
+    let memprof = Running::spawn(command.env("MEMPROF_LOG", "info"));
+    memprof.wait_stderr(|line| line.starts_with("memprof: recording"));
+    becoming.send("go");
+    memprof.wait_stderr(|line| line.contains("probed anew"));
+    becoming.send_last("go");
+    becoming.wait_stdout_for(LIMIT, |line| line == "done");
+    becoming.finish().expect_code(0);
+    memprof.finish().expect_code(0);
+
+    let profile = Profile::read(&file);
+    let processes = &profile.processes;
+    assert_eq!(processes.len(), 2, "{processes:#?}");
+    assert_eq!(
+        processes[0].leaf_totals("before_exec"),
+        Totals::of(5, 5, 111)
+    );
+    assert_eq!(
+        processes[1].leaf_totals("hold_here"),
+        Totals::of(17, 17, 170)
+    );
+    let sites = &profile.probe.sites;
+    let mallocs = sites.iter().filter(|site| site.function == "malloc");
+    assert_eq!(mallocs.count(), 1, "{sites:#?}");
+}
+
 /// Check that a command is traced from its first allocation, before `main`.
 #[test]
 fn first_allocation() {

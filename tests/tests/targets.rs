@@ -63,14 +63,16 @@ fn other_languages() {
     run("rust.rs", &[]);
 }
 
-/// Check that a program becomes another one.
+/// Check that programs become another one.
 #[test]
 fn exec() {
     let hold = target("hold.c");
-    let mut exec = Running::spawn(&mut target("exec.c").command(&[hold.text(), "3", "30"]));
-    exec.send("go");
-    exec.send_last("go");
-    exec.finish().expect_code(0);
+    for source in ["exec.c", "exec_thread.c"] {
+        let mut exec = Running::spawn(&mut target(source).command(&[hold.text(), "3", "30"]));
+        exec.send("go");
+        exec.send_last("go");
+        exec.finish().expect_code(0);
+    }
 }
 
 /// Check that the program without an allocator runs, and has none.

@@ -83,6 +83,14 @@ impl ProberHandle {
         answer.await.ok()
     }
 
+    /// As [`Self::detach`], for whom need not know when: before anything that is
+    /// asked for later.
+    pub(super) fn detach_soon(&self, slot: u16) {
+        let (reply, _) = oneshot::channel();
+        // Without the thread there are no probes either.
+        let _ = self.requests.send(Request::Detach { slot, reply });
+    }
+
     /// Takes every probe off.
     pub(super) async fn detach_all(&self) -> Option<Duration> {
         let (reply, answer) = oneshot::channel();

@@ -206,6 +206,8 @@ pub(super) struct Target {
     /// In the order of their epochs; the last is the present one. Empty until
     /// scanned.
     pub(super) images: Vec<Image>,
+    /// Its probes have been lost and are being attached anew.
+    pub(super) is_probed_anew: bool,
     /// Places that are probed, by (device, inode, file offset): a place is
     /// probed once however many names or mappings it has.
     pub(super) probed: HashSet<(u64, u64, u64)>,
@@ -244,6 +246,7 @@ impl Target {
             state: State::Scanning,
             reply: Some(reply),
             images: Vec::new(),
+            is_probed_anew: false,
             probed: HashSet::new(),
             pending_mappings: Vec::new(),
             seen_files: HashSet::new(),

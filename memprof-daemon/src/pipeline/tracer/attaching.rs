@@ -203,6 +203,9 @@ impl Tracer {
                     .modules
                     .extend(batch.shown.iter().map(|site| site.module.clone()));
                 target.sites.extend(batch.shown);
+                if std::mem::take(&mut target.is_probed_anew) {
+                    info!(pid, "a thread had replaced the program: probed anew");
+                }
             }
             Err(_) if target.exit_seen && first => {
                 return self.give_up(pid, TargetError::Exited(pid));

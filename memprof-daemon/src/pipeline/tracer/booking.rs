@@ -38,11 +38,18 @@ impl Tracer {
                 self.meet_image(free.key.image, None);
                 self.ledger.free(free);
             }
-            Sample::Exec { image, comm } => {
+            Sample::Exec {
+                image,
+                by_other_thread,
+                comm,
+            } => {
                 if let Some(target) = self.targets.get_mut(&image.pid) {
                     target.execs_told = target.execs_told.saturating_add(1);
                 }
                 self.meet_image(*image, Some(comm));
+                if *by_other_thread {
+                    self.probe_again(image.pid);
+                }
             }
         }
     }

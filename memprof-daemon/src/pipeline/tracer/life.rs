@@ -177,6 +177,21 @@ impl Tracer {
         self.spawn_rescan(image);
     }
 
+    /// Has the probes of a process attached anew: the kernel binds them to the
+    /// task of the first thread (`uprobe_multi_link_filter` in
+    /// `kernel/trace/bpf_trace.c`), which is gone when another thread has replaced
+    /// the program. The look through the new image's mappings, on its way by now,
+    /// finds the sites.
+    pub(super) fn probe_again(&mut self, pid: u32) {
+        let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) else {
+            return;
+        };
+        target.is_probed_anew = true;
+        target.probed.clear();
+        target.sites.clear();
+        self.prober.detach_soon(target.slot);
+    }
+
     /// Closes the books of replaced images, and their totals. Not where the replacement is
     /// noticed: that may be in the middle of a sweep.
     pub(super) fn close_replaced(&mut self) {
