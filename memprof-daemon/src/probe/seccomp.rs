@@ -82,7 +82,11 @@ pub fn try_out<Held, E: std::fmt::Display>(
         child.pid.as_raw().cast_unsigned(),
     )
     .map_err(|error| untried(&error))?;
-    unistd::write(&start, b"!").map_err(|error| untried(&error))?;
+    match unistd::write(&start, b"!") {
+        // It is dead already; its status tells how it died.
+        Ok(_) | Err(Errno::EPIPE) => {}
+        Err(error) => return Err(untried(&error)),
+    }
     let end = child.wait().map_err(|error| untried(&error))?;
     drop(held);
     match end {
