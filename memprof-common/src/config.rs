@@ -13,6 +13,8 @@ pub struct TargetConfig {
     pub sample_interval_bytes: u64,
     /// Keys the hash of stacks, so that no target can choose colliding stacks.
     pub stack_seed: u64,
+    /// Where the random bits of sampling decisions start ([`crate::random`]).
+    pub sample_seed: u64,
     /// Not 0 if more than one module of the process defines `malloc`: then one
     /// may call the other, and even an unsampled call must be remembered until
     /// it returns.
@@ -21,7 +23,7 @@ pub struct TargetConfig {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<TargetConfig>() == 32);
+const _: () = assert!(size_of::<TargetConfig>() == 40);
 
 /// The number that the kernel hands to a program with each hit of a probe.
 ///

@@ -16,6 +16,8 @@ pub mod events;
 pub mod function;
 pub mod limits;
 pub mod live;
+pub mod occupancy;
+pub mod random;
 pub mod sampler;
 pub mod stack;
 pub mod totals;

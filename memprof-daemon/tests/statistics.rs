@@ -9,10 +9,19 @@ use memprof::{
     ledger::{Ledger, StackCounters},
     sample::{AllocKey, AllocSample, FreeSample, ImageId},
 };
-use memprof_common::{function::Function, sampler::should_sample, stack::StackKey};
+use memprof_common::{
+    function::Function,
+    random::{Draws, Stream},
+    sampler::should_sample,
+    stack::StackKey,
+    totals::{SIZE_CLASSES, size_class},
+};
 
 /// Mean gap between samples, but for single bytes.
 const INTERVAL: u64 = 4096;
+
+/// CPUs that allocate in turn.
+const CPUS: usize = 2;
 
 /// Repetitions of each case: the share of intervals that hold the truth is then
 /// known to two thirds of a percent.
@@ -24,7 +33,7 @@ const SIGMAS: f64 = 5.0;
 
 const SAMPLING_MD: &str = include_str!("../../docs/sampling.md");
 
-/// Xorshift64*.
+/// Xorshift64*, for what is not the sampler's: sizes, and seeds.
 struct Random(u64);
 
 impl Random {
@@ -99,8 +108,20 @@ impl Case {
     /// What the books say after all of it has happened.
     fn run(&self, random: &mut Random) -> StackCounters {
         let mut ledger = Ledger::new();
+        let seed = u64::from(random.draw()) << 32 | u64::from(random.draw());
+        let mut calls = [[0; SIZE_CLASSES]; CPUS];
         for (place, &size_bytes) in self.sizes.iter().enumerate() {
-            if !should_sample(size_bytes, self.interval, || random.draw()) {
+            // As BPF draws: by CPU and class, by what each has counted.
+            let (cpu, class) = (place / 3 % CPUS, size_class(size_bytes));
+            let stream = Stream {
+                seed,
+                epoch: 0,
+                cpu: cpu as u32,
+                class,
+            };
+            let mut draws = Draws::new(stream, calls[cpu][class]);
+            calls[cpu][class] += 1;
+            if !should_sample(size_bytes, self.interval, || draws.draw()) {
                 continue;
             }
             let sample = AllocSample {

@@ -3,8 +3,7 @@
 use core::hint::black_box;
 
 use aya_ebpf::{
-    EbpfContext as _,
-    helpers::{bpf_get_prandom_u32, bpf_probe_read_user, generated::bpf_ktime_get_ns},
+    helpers::{bpf_probe_read_user, generated::bpf_ktime_get_ns},
     programs::{ProbeContext, RetProbeContext},
 };
 use memprof_common::{
@@ -65,10 +64,7 @@ pub(crate) enum Return {
 
 /// At entry: count, and sample or skip.
 #[inline(always)]
-pub(crate) fn entry(ctx: &ProbeContext) -> Return {
-    let Some(hit) = Hit::new(ctx.as_ptr()) else {
-        return Return::NotNeeded;
-    };
+pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
     let function = hit.cookie.function_code();
     // SAFETY: the context is valid for this program's run.
     let stack_pointer = unsafe { (*ctx.regs).rsp };
@@ -79,13 +75,12 @@ pub(crate) fn entry(ctx: &ProbeContext) -> Return {
     }
 
     let size_bytes = requested_bytes(ctx, function);
-    totals::count_alloc(&hit, size_bytes);
+    let Some(mut draws) = totals::count_alloc(hit, size_bytes) else {
+        return Return::NotNeeded;
+    };
     // One read, so that decision and weight agree while the daemon changes it.
     let interval = hit.target.sample_interval_bytes;
-    let sampled = should_sample(size_bytes, interval, || {
-        // SAFETY: takes nothing, returns a number.
-        unsafe { bpf_get_prandom_u32() }
-    });
+    let sampled = should_sample(size_bytes, interval, || draws.draw());
     // `malloc` calls no other function of the family, unless one module's calls
     // another's: nothing to remember.
     let nests = function != MALLOC || hit.target.malloc_nests != 0;
@@ -109,7 +104,7 @@ pub(crate) fn entry(ctx: &ProbeContext) -> Return {
     if function == REALLOC || function == REALLOCARRAY {
         let old = ctx.arg::<u64>(0).unwrap_or(0);
         if old != 0 {
-            totals::count_free(&hit);
+            totals::count_free(hit);
             call.flags |= CALL_FREES;
             // Now, not at return: another thread may be given the old address
             // before this call returns.
@@ -124,7 +119,7 @@ pub(crate) fn entry(ctx: &ProbeContext) -> Return {
             }
         }
     }
-    let remembered = in_flight::enter(&hit, thread, &call);
+    let remembered = in_flight::enter(hit, thread, &call);
     if lost || !remembered {
         count(hit.slot, DropReason::InFlightFull);
     }
@@ -137,14 +132,11 @@ pub(crate) fn entry(ctx: &ProbeContext) -> Return {
 
 /// At return: the block's address is known, and the stack is the caller's.
 #[inline(always)]
-pub(crate) fn on_return(ctx: &RetProbeContext) {
-    let Some(hit) = Hit::new(ctx.as_ptr()) else {
-        return;
-    };
+pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
     // SAFETY: the context is valid for this program's run.
     let stack_pointer = unsafe { (*ctx.regs).rsp };
     let thread = in_flight::current_thread();
-    let Some(call) = in_flight::leave(&hit, thread, stack_pointer) else {
+    let Some(call) = in_flight::leave(hit, thread, stack_pointer) else {
         return;
     };
     let slot = hit.slot;
@@ -177,7 +169,7 @@ pub(crate) fn on_return(ctx: &RetProbeContext) {
         // library that keeps the block returns its address).
         let failed = addr == 0 && call.size_bytes != 0;
         if failed {
-            totals::uncount_free(&hit);
+            totals::uncount_free(hit);
         }
         if call.address != 0
             && let Some(mut taken) = in_flight::hand_back(thread)

@@ -24,6 +24,42 @@ pub(crate) unsafe fn add(word: *mut u64, amount: u64) {
     }
 }
 
+/// Adds `amount` to `*word` and returns what was there.
+///
+/// # Safety
+///
+/// As for [`add`].
+#[inline(always)]
+pub(crate) unsafe fn fetch_add(word: *mut u64, amount: u64) -> u64 {
+    let mut value = amount;
+    // SAFETY: the caller vouches for the pointer.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({word} + 0), {value})",
+            word = in(reg) word,
+            value = inout(reg) value,
+        );
+    }
+    value
+}
+
+/// As [`add`], of half a word.
+///
+/// # Safety
+///
+/// As for [`add`], of a `u32`.
+#[inline(always)]
+pub(crate) unsafe fn add_u32(word: *mut u32, amount: u32) {
+    // SAFETY: the caller vouches for the pointer.
+    unsafe {
+        asm!(
+            "lock *(u32 *)({word} + 0) += {amount}",
+            word = in(reg) word,
+            amount = in(reg) u64::from(amount),
+        );
+    }
+}
+
 /// Sets `*word` to 1 and returns what was there.
 ///
 /// # Safety

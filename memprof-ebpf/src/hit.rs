@@ -1,8 +1,13 @@
 //! What a program knows of the call that hit its probe, before it looks at it.
 
-use aya_ebpf::helpers::generated::bpf_get_attach_cookie;
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_attach_cookie, bpf_get_func_ip},
+    programs::ProbeContext,
+};
 use memprof_common::{
     config::{AttachCookie, TargetConfig},
+    function::Function,
     live::LiveKey,
     totals::totals_index,
 };
@@ -18,6 +23,8 @@ pub(crate) struct TargetState {
     pub(crate) nesting_calls: u64,
     /// How often the target has replaced its program.
     pub(crate) epoch: u32,
+    /// Where the probe of `malloc` is in the present program, once it was hit.
+    pub(crate) malloc_ip: u64,
 }
 
 /// One hit.
@@ -48,6 +55,33 @@ impl Hit {
             // SAFETY: a map value; written while the target has no other thread.
             epoch: unsafe { (*state).epoch },
         })
+    }
+
+    /// In a session: whether this is the entry, not the return. The instruction
+    /// pointer is the probe's place at entry, and in the caller at return.
+    ///
+    /// The kernel tells the place, but asking costs a call; so that of `malloc`,
+    /// nearly all of the hits, is remembered. It cannot be a return address as
+    /// well: no call ends where the probed instruction begins.
+    #[inline(always)]
+    pub(crate) fn is_entry(&self, ctx: &ProbeContext) -> bool {
+        // SAFETY: the context is valid for this program's run.
+        let ip = unsafe { (*ctx.regs).rip };
+        // SAFETY: a map value, of which every thread writes the same.
+        let malloc_ip = unsafe { &raw mut (*self.state).malloc_ip };
+        // SAFETY: as above.
+        if ip == unsafe { malloc_ip.read_volatile() } {
+            return true;
+        }
+        // SAFETY: the context is the one that the kernel gave to this program.
+        if ip != unsafe { bpf_get_func_ip(ctx.as_ptr()) } {
+            return false;
+        }
+        if self.cookie.function_code() == Function::Malloc as u8 {
+            // SAFETY: as above.
+            unsafe { malloc_ip.write_volatile(ip) };
+        }
+        true
     }
 
     /// Whether a call of the target may be inside another.

@@ -35,6 +35,7 @@ pub(crate) fn exec(ctx: &RawTracePointContext) {
     // thread left, and nobody else writes its epoch.
     let epoch = unsafe {
         (*state).epoch = (*state).epoch.wrapping_add(1);
+        (*state).malloc_ip = 0;
         (*state).epoch
     };
     info!(

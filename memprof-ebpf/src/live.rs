@@ -14,14 +14,29 @@ use memprof_common::{
     live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
 };
 
-use crate::{counters::count, emit, maps::LIVE};
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
+
+use crate::{counters::count, emit, maps::LIVE, occupancy};
+
+/// Puts a block into the map; false if there is no room.
+#[inline(always)]
+fn put(key: &LiveKey, value: &LiveValue) -> bool {
+    occupancy::enter(key);
+    if LIVE.insert(key, value, BPF_NOEXIST as u64).is_ok() {
+        return true;
+    }
+    // There already, if its free was missed; or the map is full. Counted it was
+    // in the first case, and is not to be in the second.
+    occupancy::leave(key);
+    LIVE.insert(key, value, BPF_EXIST as u64).is_ok()
+}
 
 /// Adds a block and tells the daemon.
 #[inline(always)]
 pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
     let Some(event) = emit::reserve_alloc() else {
         value.flags |= FLAG_UNSENT;
-        let reason = if LIVE.insert(key, &*value, 0).is_ok() {
+        let reason = if put(key, value) {
             DropReason::AllocRingFull
         } else {
             DropReason::LiveMapFull
@@ -33,7 +48,7 @@ pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
     };
     // The map first: an event for a block that is not in the map would never be
     // followed by its free.
-    if LIVE.insert(key, &*value, 0).is_err() {
+    if !put(key, value) {
         event.discard(0);
         count(slot, DropReason::LiveMapFull);
         return;
@@ -45,12 +60,16 @@ pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
 /// what the map held.
 #[inline(always)]
 pub(crate) fn remove(slot: u32, key: &LiveKey) -> Option<LiveValue> {
+    if !occupancy::may_have(key) {
+        return None;
+    }
     // SAFETY: the value is only copied; if another thread frees the same block
     // at this moment, the removal below fails for one of the two.
     let mut value = *unsafe { LIVE.get(key) }?;
     if LIVE.remove(key).is_err() {
         return None;
     }
+    occupancy::leave(key);
     if value.flags & FLAG_UNSENT != 0 {
         match emit::reserve_alloc() {
             Some(event) => {

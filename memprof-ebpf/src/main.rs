@@ -29,17 +29,15 @@ mod in_flight;
 mod life;
 mod live;
 mod maps;
+mod occupancy;
 mod stack;
 mod totals;
 
 use core::ffi::c_void;
 
-use aya_ebpf::{
-    helpers::generated::bpf_get_func_ip,
-    programs::{ProbeContext, RawTracePointContext, RetProbeContext},
-};
+use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
 
-use crate::alloc::Return;
+use crate::{alloc::Return, hit::Hit};
 
 /// Entry of a function that hands out blocks, where return probes are attached
 /// apart.
@@ -49,7 +47,9 @@ use crate::alloc::Return;
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
 pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
-    let _ = alloc::entry(&ProbeContext::new(ctx));
+    if let Some(hit) = Hit::new(ctx) {
+        let _ = alloc::entry(&ProbeContext::new(ctx), &hit);
+    }
     0
 }
 
@@ -57,7 +57,9 @@ pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uretprobe")]
 pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
-    alloc::on_return(&RetProbeContext::new(ctx));
+    if let Some(hit) = Hit::new(ctx) {
+        alloc::on_return(&RetProbeContext::new(ctx), &hit);
+    }
     0
 }
 
@@ -67,20 +69,18 @@ pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
 pub extern "C" fn alloc_session(ctx: *mut c_void) -> u32 {
+    // At return the result means nothing.
+    let Some(hit) = Hit::new(ctx) else {
+        return 1;
+    };
     let entry = ProbeContext::new(ctx);
-    // The place of the probe at both; the instruction pointer is there at entry,
-    // and the caller's at return.
-    //
-    // SAFETY: `ctx` is the context that the kernel gave to this program.
-    let probed = unsafe { bpf_get_func_ip(ctx) };
-    // SAFETY: as above.
-    if probed == unsafe { (*entry.regs).rip } {
-        return match alloc::entry(&entry) {
+    if hit.is_entry(&entry) {
+        return match alloc::entry(&entry, &hit) {
             Return::Needed => 0,
             Return::NotNeeded => 1,
         };
     }
-    alloc::on_return(&RetProbeContext::new(ctx));
+    alloc::on_return(&RetProbeContext::new(ctx), &hit);
     0
 }
 

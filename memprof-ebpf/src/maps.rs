@@ -2,7 +2,7 @@
 //! real ones before it loads the object.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
@@ -14,6 +14,7 @@ use memprof_common::{
         MAX_TARGETS,
     },
     live::{LiveKey, LiveValue},
+    occupancy::Occupancy,
     stack::{StackKey, StackRecord},
     totals::{TOTALS_ENTRIES, TargetTotals},
 };
@@ -69,6 +70,11 @@ pub(crate) static TAKEN: HashMap<u64, TakenBlock> =
 #[map]
 pub(crate) static LIVE: HashMap<LiveKey, LiveValue> =
     HashMap::with_max_entries(DEFAULT_LIVE_ENTRIES, BPF_F_NO_PREALLOC);
+
+/// Where `LIVE` has blocks. Mapped by the daemon, which takes blocks out of `LIVE`
+/// too.
+#[map]
+pub(crate) static OCCUPANCY: Array<Occupancy> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Stacks by name; a kilobyte each, so not preallocated either.
 #[map]

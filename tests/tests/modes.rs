@@ -57,7 +57,8 @@ fn confined_process_lives() {
 
 /// Check that the filter means the process: its first thread ends, and what the
 /// others do is recorded all the same. Perf events end with that thread, and the
-/// recording with them (docs/probes.md): nothing is to be made up then.
+/// recording with them (docs/probes.md): nothing is to be made up then, and
+/// memprof says so.
 #[test]
 fn first_thread_ends() {
     let dir = TempDir::new("modes");
@@ -69,4 +70,6 @@ fn first_thread_ends() {
         _ => (500, 32_000),
     };
     assert_eq!((totals.alloc_objects, totals.inuse_bytes), expected);
+    let is_told = recorded.memprof.stderr.contains("first thread has ended");
+    assert_eq!(is_told, expected == (0, 0), "{}", recorded.memprof.stderr);
 }

@@ -200,12 +200,16 @@ impl State {
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) slot: u16,
+    /// Where the random bits of its sampling decisions start.
+    pub(super) sample_seed: u64,
     pub(super) state: State,
     /// Who waits to hear that it is traced.
     pub(super) reply: Option<AttachReply>,
     /// In the order of their epochs; the last is the present one. Empty until
     /// scanned.
     pub(super) images: Vec<Image>,
+    /// Its probes have been lost for good, and that was told.
+    pub(super) is_lost: bool,
     /// Its probes have been lost and are being attached anew.
     pub(super) is_probed_anew: bool,
     /// Places that are probed, by (device, inode, file offset): a place is
@@ -240,12 +244,14 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn new(slot: u16, reply: AttachReply) -> Self {
+    pub(super) fn new(slot: u16, sample_seed: u64, reply: AttachReply) -> Self {
         Self {
             slot,
+            sample_seed,
             state: State::Scanning,
             reply: Some(reply),
             images: Vec::new(),
+            is_lost: false,
             is_probed_anew: false,
             probed: HashSet::new(),
             pending_mappings: Vec::new(),

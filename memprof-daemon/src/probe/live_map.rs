@@ -14,11 +14,14 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, MapError};
 use memprof_common::live::{LiveKey, LiveValue};
 
+use super::occupancy::OccupancyTable;
+
 /// The map, and a descriptor for what aya does not do.
 #[derive(Debug)]
 pub struct LiveMap {
     map: HashMap<MapData, LiveKey, LiveValue>,
     fd: OwnedFd,
+    occupancy: OccupancyTable,
 }
 
 /// `BPF_MAP_LOOKUP_BATCH` in `enum bpf_cmd`, `include/uapi/linux/bpf.h`.
@@ -41,12 +44,13 @@ struct BatchAttr {
 }
 
 impl LiveMap {
-    /// Takes the map over.
+    /// Takes the map over, and the table of where it has blocks.
     ///
     /// # Errors
     ///
-    /// If it is no hash map of these keys and values.
-    pub fn new(map: Map) -> Result<Self, MapError> {
+    /// If it is no hash map of these keys and values, or the table not an array
+    /// that can be mapped.
+    pub fn new(map: Map, occupancy: &Map) -> Result<Self, MapError> {
         let fd = match &map {
             Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned()?,
             _ => {
@@ -58,6 +62,7 @@ impl LiveMap {
         Ok(Self {
             map: HashMap::try_from(map)?,
             fd,
+            occupancy: OccupancyTable::new(occupancy)?,
         })
     }
 
@@ -133,8 +138,10 @@ impl LiveMap {
 
     /// Takes an entry out, whether or not it is there.
     pub fn remove(&mut self, key: &LiveKey) {
-        // Not there is as good as gone: a free was faster.
-        let _ = self.map.remove(key);
+        // Not there is as good as gone: a free was faster, and has counted.
+        if self.map.remove(key).is_ok() {
+            self.occupancy.leave(key);
+        }
     }
 }
 

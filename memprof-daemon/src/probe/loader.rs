@@ -170,7 +170,8 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
         slots: typed("SLOTS", take("SLOTS")?)?,
         counters: typed("COUNTERS", take("COUNTERS")?)?,
         totals: typed("TOTALS", take("TOTALS")?)?,
-        live: LiveMap::new(take("LIVE")?).map_err(|error| map_error("LIVE", error))?,
+        live: LiveMap::new(take("LIVE")?, &take("OCCUPANCY")?)
+            .map_err(|error| map_error("LIVE", error))?,
         stacks: typed("STACKS", take("STACKS")?)?,
     };
 

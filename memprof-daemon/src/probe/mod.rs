@@ -16,6 +16,7 @@ pub mod launch;
 pub mod live_map;
 pub mod loader;
 pub mod mode;
+mod occupancy;
 pub mod point;
 pub mod programs;
 pub mod requirements;

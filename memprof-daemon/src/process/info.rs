@@ -223,6 +223,17 @@ pub fn read_memory(pid: u32) -> Result<ProcessMemory, ProcessError> {
     })
 }
 
+/// Whether the first thread of `pid` has ended while others go on. The process
+/// looks dead then to some who ask (a zombie), and is not.
+#[must_use]
+pub fn first_thread_has_ended(pid: u32) -> bool {
+    let is_zombie = read_status(pid).is_ok_and(|status| {
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        state.is_some_and(|state| state.trim_start().starts_with('Z'))
+    });
+    is_zombie && fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
+}
+
 /// When `pid` was started, in hundredths of a second since boot.
 ///
 /// # Errors

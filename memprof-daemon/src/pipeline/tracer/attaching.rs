@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 use memprof_common::{config::TargetConfig, function::Function, limits::MAX_TARGETS};
 use tracing::{info, warn};
 
-use super::{Command, Tracer};
+use super::{Command, Tracer, random_seed};
 use crate::{
     export::profile::ProbeSite,
     pipeline::{
@@ -43,7 +43,7 @@ impl Tracer {
         }
         // Records about this pid from now on are kept for it.
         self.drain_mmap_events();
-        let mut target = Target::new(self.next_slot, reply);
+        let mut target = Target::new(self.next_slot, random_seed(), reply);
         target.jobs = 1;
         self.next_slot += 1;
         self.targets.insert(pid, target);
@@ -172,6 +172,7 @@ impl Tracer {
             stack_depth: self.options.stack_depth,
             sample_interval_bytes: self.options.sample_interval_bytes,
             stack_seed: self.stack_seed,
+            sample_seed: target.sample_seed,
             malloc_nests: u32::from(target.malloc_files.len() > 1),
             reserved: 0,
         };

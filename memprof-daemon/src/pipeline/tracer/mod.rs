@@ -52,6 +52,7 @@ use crate::{
         loader::{self, LoadError, Sizes},
         mode::{ModeChoice, ProbeMode},
     },
+    process::info,
     ring::{
         events::EventRing,
         log::LogReader,
@@ -433,9 +434,19 @@ impl Tracer {
     }
 
     fn refresh_memory(&mut self) {
-        for target in self.targets.values_mut().filter(|target| target.is_live()) {
+        let loses_first_threads = self.probe_mode == ProbeMode::Perf;
+        let live = self.targets.iter_mut();
+        for (&pid, target) in live.filter(|(_, target)| target.is_live()) {
             if let Some(image) = target.current() {
                 image.refresh_memory();
+            }
+            if loses_first_threads && !target.is_lost && info::first_thread_has_ended(pid) {
+                target.is_lost = true;
+                warn!(
+                    pid,
+                    "the process's first thread has ended, and in probe mode perf nothing of the \
+                     others is recorded from then on"
+                );
             }
         }
     }
