@@ -6,6 +6,9 @@ use crate::limits::MAX_TARGETS;
 /// which no allocator grants.
 pub const SIZE_CLASSES: usize = 44;
 
+/// The largest size of the last class but for those that are put into it.
+const LARGEST_BYTES: u64 = (1 << (SIZE_CLASSES - 1)) - 1;
+
 /// Sizes that no allocator grants, user addresses having 47 bits: such a call is
 /// counted, and its bytes are not.
 pub const IMPOSSIBLE_BYTES: u64 = 1 << 47;
@@ -57,8 +60,15 @@ pub const fn totals_index(slot: u32, epoch: u32) -> u32 {
 #[must_use]
 #[inline(always)]
 pub const fn size_class(size_bytes: u64) -> usize {
+    // First, so that the verifier knows the bound of the class on every path. It
+    // finds paths that cannot be, and those of Linux 6.1 and before lose all bounds
+    // on one where a comparison behind them contradicts.
+    let mut rest = if size_bytes > LARGEST_BYTES {
+        LARGEST_BYTES
+    } else {
+        size_bytes
+    };
     // By halves: BPF cannot count leading zeros.
-    let mut rest = size_bytes;
     let mut bits = 0;
     let mut half = 32;
     while half > 0 {
@@ -68,12 +78,7 @@ pub const fn size_class(size_bytes: u64) -> usize {
         }
         half /= 2;
     }
-    let class = bits + rest as usize;
-    if class < SIZE_CLASSES {
-        class
-    } else {
-        SIZE_CLASSES - 1
-    }
+    bits + rest as usize
 }
 
 /// The smallest and the largest size of a class.

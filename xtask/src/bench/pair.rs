@@ -29,8 +29,8 @@ const CHUNKS: usize = 3;
 /// Rounds after which a row that is not stable is called so.
 const MOST_ROUNDS: usize = 40;
 
-/// Turns in a round. Tools with a bar of a few percent have every turn, all
-/// others the first.
+/// Turns in a round, one with `--quick`. Tools with a bar of a few percent have
+/// every turn, all others the first.
 const TURNS: usize = 3;
 
 /// Whether a bar is about the ratio of this tool to another.
@@ -299,7 +299,7 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<PairTab
     let mut longest = Duration::ZERO;
     while round < MOST_ROUNDS && (round == 0 || Instant::now() + longest < deadline) {
         let started = Instant::now();
-        for turn in 0..TURNS {
+        for turn in 0..context.pick(TURNS, 1) {
             for series in attached.iter_mut().filter(|series| series.is_measured()) {
                 match series.tool {
                     Some(tool) if turn == 0 || has_every_turn(series.tool) => {
