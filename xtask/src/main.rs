@@ -3,6 +3,7 @@
 mod bench;
 mod checks;
 mod ebpf;
+mod kernels;
 mod provenance;
 mod source_hash;
 mod toolchain;
@@ -25,6 +26,9 @@ usage: cargo xtask COMMAND
   unit              the tests within each crate, as root
   bench [OPTION...] measure memprof beside its peers, as root, and write
                     docs/benchmarks.md; `bench --help` lists the options
+  kernels [KERNEL...]
+                    boot other kernels under qemu, and check what memprof counts
+                    there: files, or Debian's packages; 6.1 and 6.12 if none
   lint              fmt, clippy and docs, warnings being errors;
                     each also alone: fmt, clippy, docs";
 
@@ -48,6 +52,7 @@ fn dispatch() -> Result<()> {
         ["test", ..] => checks::test(&workspace, &arguments[1..]),
         ["unit"] => checks::unit(&workspace),
         ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
+        ["kernels", ..] => kernels::kernels(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),
         ["fmt"] => checks::format(&workspace),
         ["clippy"] => checks::clippy(&workspace),

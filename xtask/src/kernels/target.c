@@ -1,0 +1,24 @@
+/* Allocates in two functions, in known numbers, and nothing else: no stdio. */
+#include <stdlib.h>
+
+static void *volatile block;
+
+__attribute__((noinline)) void keep_here(void) {
+    for (int i = 0; i < 1000; i++) block = malloc(64);
+}
+
+__attribute__((noinline)) void churn_here(void) {
+    for (int i = 0; i < 20000; i++) {
+        block = malloc(100);
+        free(block);
+        block = calloc(3, 40);
+        block = realloc(block, 500);
+        free(block);
+    }
+}
+
+int main(void) {
+    keep_here();
+    churn_here();
+    return 0;
+}
