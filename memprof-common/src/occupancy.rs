@@ -20,8 +20,8 @@ pub type Occupancy = [u32; OCCUPANCY_PLACES];
 #[must_use]
 #[inline(always)]
 pub const fn occupancy_place(key: &LiveKey) -> usize {
-    // The top bits of a product with an odd number depend on all bits below;
-    // 2^64 divided by the golden ratio, and a prime near 2^63.
+    // The top bits of a product with an odd number depend on all bits below. The
+    // numbers are SplitMix64's ([`crate::random`]).
     let block = key.addr.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let image = ((key.pid as u64) << 32 | key.epoch as u64).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     ((block ^ image) >> (u64::BITS - OCCUPANCY_PLACES.trailing_zeros())) as usize

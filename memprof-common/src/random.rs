@@ -3,8 +3,8 @@
 //! The n-th call of a stream gets `mix(seed + n * WEYL)`, the generator
 //! SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 //! generators", 2014) entered at place n. Since BPF counts every call anyway, it
-//! has n without state of its own: nothing to race for, and half of what the
-//! kernel's generator costs, `bpf_get_prandom_u32`, a call into another call.
+//! has n without state of its own: nothing to race for, and no call of the
+//! kernel's generator, `bpf_get_prandom_u32`, which calls another function.
 //!
 //! A place of the generator's period of 2^64 is used once: its number is made of
 //! the stream and of n.

@@ -61,8 +61,9 @@ impl Hit {
     /// pointer is the probe's place at entry, and in the caller at return.
     ///
     /// The kernel tells the place, but asking costs a call; so that of `malloc`,
-    /// nearly all of the hits, is remembered. It cannot be a return address as
-    /// well: no call ends where the probed instruction begins.
+    /// nearly all of the hits, is remembered. It is no return address as
+    /// well: no call ends where the probed instruction begins, as long as the
+    /// allocator is not unloaded and its place taken by other code.
     #[inline(always)]
     pub(crate) fn is_entry(&self, ctx: &ProbeContext) -> bool {
         // SAFETY: the context is valid for this program's run.

@@ -9,12 +9,11 @@
 //! - no room for the free event: the block is gone from the map, and the daemon
 //!   finds it missing.
 
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use memprof_common::{
     counters::DropReason,
     live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
 };
-
-use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 
 use crate::{counters::count, emit, maps::LIVE, occupancy};
 

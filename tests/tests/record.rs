@@ -327,14 +327,14 @@ fn names_after_exit_and_deletion() {
     assert_eq!(stack.names()[1..4], ["middle", "outer", "main"]);
 }
 
-/// Check that a program and the one it becomes by exec are two entries with one
-/// pid, and each has its own stacks.
-#[test]
-fn exec_is_a_new_image() {
+/// Records a program that becomes `hold`, which goes on once memprof has `told`;
+/// its pid, and the profile.
+#[track_caller]
+fn record_exec(source: &str, told: &str) -> (u32, Profile) {
     let dir = TempDir::new("record");
     let file = dir.file("profile.json");
     let hold = target("hold.c");
-    let mut becoming = Running::spawn(&mut target("exec.c").command(&[hold.text(), "17", "170"]));
+    let mut becoming = Running::spawn(&mut target(source).command(&[hold.text(), "17", "170"]));
     becoming.wait_stdout(|line| line == "ready");
     let pid = becoming.pid();
     let mut command = memprof(&["record", "-i", "1", "-o", &file, "-p", &pid.to_string()]);
@@ -343,7 +343,7 @@ fn exec_is_a_new_image() {
     becoming.send("go");
     // The path of a program that has ended by the time memprof hears of it is not
     // known; so it lives until then.
-    memprof.wait_stderr(|line| line.contains("has replaced its program"));
+    memprof.wait_stderr(|line| line.contains(told));
     becoming.send_last("go");
     becoming.wait_stdout_for(LIMIT, |line| line == "done");
     becoming.finish().expect_code(0);
@@ -352,6 +352,23 @@ fn exec_is_a_new_image() {
     let profile = Profile::read(&file);
     let processes = &profile.processes;
     assert_eq!(processes.len(), 2, "{processes:#?}");
+    assert_eq!(
+        processes[0].leaf_totals("before_exec"),
+        Totals::of(5, 5, 111)
+    );
+    assert_eq!(
+        processes[1].leaf_totals("hold_here"),
+        Totals::of(17, 17, 170)
+    );
+    (pid, profile)
+}
+
+/// Check that a program and the one it becomes by exec are two entries with one
+/// pid, and each has its own stacks.
+#[test]
+fn exec_is_a_new_image() {
+    let (pid, profile) = record_exec("exec.c", "has replaced its program");
+    let processes = &profile.processes;
     assert!(
         processes
             .iter()
@@ -359,50 +376,15 @@ fn exec_is_a_new_image() {
     );
     assert!(processes[0].exe.contains("/exec-"), "{}", processes[0].exe);
     assert!(processes[1].exe.contains("/hold-"), "{}", processes[1].exe);
-    assert_eq!(
-        processes[0].leaf_totals("before_exec"),
-        Totals::of(5, 5, 111)
-    );
     assert!(processes[0].through("hold_here").is_empty());
     assert!(processes[1].through("before_exec").is_empty());
-    assert_eq!(
-        processes[1].leaf_totals("hold_here"),
-        Totals::of(17, 17, 170)
-    );
 }
 
 /// Check that a process goes on being traced when a thread that is not its first
 /// one replaces the program, although the kernel drops the probes of it then.
 #[test]
 fn exec_by_another_thread() {
-    let dir = TempDir::new("record");
-    let file = dir.file("profile.json");
-    let hold = target("hold.c");
-    let becoming = target("exec_thread.c");
-    let mut becoming = Running::spawn(&mut becoming.command(&[hold.text(), "17", "170"]));
-    becoming.wait_stdout(|line| line == "ready");
-    let pid = becoming.pid();
-    let mut command = memprof(&["record", "-i", "1", "-o", &file, "-p", &pid.to_string()]);
-    let memprof = Running::spawn(command.env("MEMPROF_LOG", "info"));
-    memprof.wait_stderr(|line| line.starts_with("memprof: recording"));
-    becoming.send("go");
-    memprof.wait_stderr(|line| line.contains("probed anew"));
-    becoming.send_last("go");
-    becoming.wait_stdout_for(LIMIT, |line| line == "done");
-    becoming.finish().expect_code(0);
-    memprof.finish().expect_code(0);
-
-    let profile = Profile::read(&file);
-    let processes = &profile.processes;
-    assert_eq!(processes.len(), 2, "{processes:#?}");
-    assert_eq!(
-        processes[0].leaf_totals("before_exec"),
-        Totals::of(5, 5, 111)
-    );
-    assert_eq!(
-        processes[1].leaf_totals("hold_here"),
-        Totals::of(17, 17, 170)
-    );
+    let (_, profile) = record_exec("exec_thread.c", "probed anew");
     let sites = &profile.probe.sites;
     let mallocs = sites.iter().filter(|site| site.function == "malloc");
     assert_eq!(mallocs.count(), 1, "{sites:#?}");

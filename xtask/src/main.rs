@@ -4,6 +4,7 @@ mod bench;
 mod checks;
 mod ebpf;
 mod kernels;
+mod machine;
 mod provenance;
 mod source_hash;
 mod toolchain;

@@ -121,13 +121,15 @@ impl Image {
     }
 
     /// Reads what the kernel says it holds; keeps the last answer of a process
-    /// that is ending.
-    pub(super) fn refresh_memory(&mut self) {
-        if self.losses_at_end.is_none()
-            && let Ok(memory) = crate::process::info::read_memory(self.id.pid)
-        {
-            self.memory = Some(memory);
+    /// that is ending. False if the kernel does not tell.
+    pub(super) fn refresh_memory(&mut self) -> bool {
+        if self.losses_at_end.is_some() {
+            return true;
         }
+        let memory = crate::process::info::read_memory(self.id.pid);
+        let is_known = memory.is_ok();
+        self.memory = memory.ok().or(self.memory);
+        is_known
     }
 
     pub(super) fn end(&mut self, losses: [u64; COUNTERS]) {

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::{options::Options, process};
-use crate::run;
+use crate::{
+    machine::{Found, installed, target_dir},
+    run,
+};
 
 /// Names that distributions give to memleak of bcc.
 const MEMLEAKS: [&str; 3] = ["memleak-bpfcc", "memleak", "libbpf-memleak"];
@@ -30,9 +33,6 @@ const TARGETS: [(&str, &str, &[&str]); 4] = [
     ),
     ("gate", include_str!("targets/gate.c"), &[]),
 ];
-
-/// A tool, or why it cannot take part.
-pub(super) type Found = std::result::Result<PathBuf, String>;
 
 /// What takes part.
 pub(super) struct Context {
@@ -125,11 +125,6 @@ impl Context {
     }
 }
 
-/// Where cargo puts what it builds.
-pub(super) fn target_dir(workspace: &Path) -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from)
-}
-
 fn build(workspace: &Path, what: &[&str], name: &str) -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -144,15 +139,6 @@ fn compile(dir: &Path, name: &str, source: &str, flags: &[&str]) -> Result<()> {
     let mut command = Command::new("gcc");
     command.args(["-O2", "-g", "-o"]).arg(dir.join(name));
     run(command.args(flags).arg(&file))
-}
-
-/// The program `name` on the PATH, or the package to install.
-pub(super) fn installed(name: &str, package: &str) -> Found {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .find(|file| file.is_file())
-        .ok_or_else(|| format!("not installed: {package}"))
 }
 
 /// jemalloc says so on stderr if an option is not known to it.

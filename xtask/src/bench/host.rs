@@ -3,10 +3,11 @@
 use std::{fs, path::Path, process::Command};
 
 use super::{
-    context::{Context, Found},
+    context::Context,
     process::{LIMIT, run},
     report::{Host, Version},
 };
+use crate::machine::Found;
 
 /// All about this machine and what takes part.
 pub(super) fn describe(workspace: &Path, context: &Context) -> Host {

@@ -34,18 +34,16 @@ const MOST_ROUNDS: usize = 40;
 const TURNS: usize = 3;
 
 /// Whether a bar is about the ratio of this tool to another.
-fn has_every_turn(tool: Option<Tool>) -> bool {
+fn has_every_turn(tool: Tool) -> bool {
     matches!(
         tool,
-        Some(
-            Tool::Floor {
-                probe: Probe::Session,
-                place: Place::Sites | Place::SitesOnly,
-            } | Tool::Memprof {
-                probe: Some(Probe::Session),
-                interval: None,
-            }
-        )
+        Tool::Floor {
+            probe: Probe::Session,
+            place: Place::Sites | Place::SitesOnly,
+        } | Tool::Memprof {
+            probe: Some(Probe::Session),
+            interval: None,
+        }
     )
 }
 
@@ -302,7 +300,7 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<PairTab
         for turn in 0..context.pick(TURNS, 1) {
             for series in attached.iter_mut().filter(|series| series.is_measured()) {
                 match series.tool {
-                    Some(tool) if turn == 0 || has_every_turn(series.tool) => {
+                    Some(tool) if turn == 0 || has_every_turn(tool) => {
                         let none = target.measure(context.cpus, plain)?;
                         series.push(none, under(tool, context, &mut target, none, chunk));
                     }

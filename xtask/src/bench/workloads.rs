@@ -13,11 +13,12 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{
     check,
-    context::{Context, installed},
+    context::Context,
     process::{LIMIT, Process, run},
     programs::{How, Run},
     tools::{Left, Tool},
 };
+use crate::machine::installed;
 
 /// The longest that a program may take under any tool.
 const LONG_LIMIT: Duration = Duration::from_secs(120);

@@ -7,13 +7,16 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::run;
+use crate::{
+    machine::{installed, target_dir},
+    run,
+};
 
 /// Packages whose newest version is tried where none is named: Debian 12's own
 /// kernel, and the one of its backports.
@@ -22,7 +25,7 @@ const DEFAULT: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-6.12-cloud-a
 /// Commands that are needed, and Debian's packages of them.
 const NEEDED: [(&str, &str); 5] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
-    ("busybox", "busybox-static"),
+    ("strip", "binutils"),
     ("cpio", "cpio"),
     ("gcc", "gcc"),
     ("timeout", "coreutils"),
@@ -41,13 +44,9 @@ const MODES: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)),
 /// memprof counts there.
 pub(crate) fn kernels(workspace: &Path, wanted: &[String]) -> Result<()> {
     for (command, package) in NEEDED {
-        let found = Command::new("sh")
-            .args(["-c", &format!("command -v {command}")])
-            .stdout(Stdio::null())
-            .status()?;
-        ensure!(found.success(), "not installed: {package}");
+        installed(command, package).map_err(Error::msg)?;
     }
-    let dir = workspace.join("target/kernels");
+    let dir = target_dir(workspace).join("kernels");
     fs::create_dir_all(&dir)?;
     let initrd = initrd(workspace, &dir)?;
     let default = DEFAULT.map(str::to_owned);
@@ -120,7 +119,7 @@ fn initrd(workspace: &Path, dir: &Path) -> Result<PathBuf> {
     run(Command::new("strip")
         .arg("-o")
         .arg(&memprof)
-        .arg(workspace.join("target/debug/memprof")))?;
+        .arg(target_dir(workspace).join("debug/memprof")))?;
     let source = dir.join("target.c");
     fs::write(&source, include_str!("target.c"))?;
     let target = root.join("bin/target");
@@ -139,8 +138,8 @@ fn initrd(workspace: &Path, dir: &Path) -> Result<PathBuf> {
             fs::copy(path, place)?;
         }
     }
-    let busybox = output(Command::new("sh").args(["-c", "command -v busybox"]))?;
-    fs::copy(busybox.trim(), root.join("bin/busybox"))?;
+    let busybox = installed("busybox", "busybox-static").map_err(Error::msg)?;
+    fs::copy(busybox, root.join("bin/busybox"))?;
     for applet in APPLETS {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
     }

@@ -8,7 +8,11 @@ use crate::{
         scan::{Scan, Scanner},
         target::{Image, State, TargetError},
     },
-    process::{info::ProcessInfo, mapping::MappingTable},
+    probe::mode::ProbeMode,
+    process::{
+        info::{ProcessInfo, first_thread_has_ended},
+        mapping::MappingTable,
+    },
     ring::mmap_events::MmapEvent,
     sample::ImageId,
 };
@@ -190,6 +194,24 @@ impl Tracer {
         target.probed.clear();
         target.sites.clear();
         self.prober.detach_soon(target.slot);
+    }
+
+    /// Asks the kernel what every process holds now.
+    pub(super) fn refresh_memory(&mut self) {
+        let loses_first_threads = self.probe_mode == ProbeMode::Perf;
+        let live = self.targets.iter_mut();
+        for (&pid, target) in live.filter(|(_, target)| target.is_live()) {
+            let is_known = target.current().is_none_or(Image::refresh_memory);
+            // A process whose first thread has ended shows none.
+            if loses_first_threads && !is_known && !target.is_lost && first_thread_has_ended(pid) {
+                target.is_lost = true;
+                warn!(
+                    pid,
+                    "the process's first thread has ended, and in probe mode perf nothing of the \
+                     others is recorded from then on"
+                );
+            }
+        }
     }
 
     /// Closes the books of replaced images, and their totals. Not where the replacement is

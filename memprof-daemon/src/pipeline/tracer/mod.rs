@@ -52,7 +52,6 @@ use crate::{
         loader::{self, LoadError, Sizes},
         mode::{ModeChoice, ProbeMode},
     },
-    process::info,
     ring::{
         events::EventRing,
         log::LogReader,
@@ -430,24 +429,6 @@ impl Tracer {
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory();
-        }
-    }
-
-    fn refresh_memory(&mut self) {
-        let loses_first_threads = self.probe_mode == ProbeMode::Perf;
-        let live = self.targets.iter_mut();
-        for (&pid, target) in live.filter(|(_, target)| target.is_live()) {
-            if let Some(image) = target.current() {
-                image.refresh_memory();
-            }
-            if loses_first_threads && !target.is_lost && info::first_thread_has_ended(pid) {
-                target.is_lost = true;
-                warn!(
-                    pid,
-                    "the process's first thread has ended, and in probe mode perf nothing of the \
-                     others is recorded from then on"
-                );
-            }
         }
     }
 
