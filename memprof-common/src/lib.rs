@@ -21,6 +21,7 @@ pub mod random;
 pub mod sampler;
 pub mod stack;
 pub mod totals;
+pub mod unwind;
 
 #[cfg(feature = "user")]
 mod user;
