@@ -36,4 +36,5 @@ pub mod process;
 pub mod ring;
 pub mod sample;
 pub mod symbolize;
+pub mod unwind;
 pub mod weight;

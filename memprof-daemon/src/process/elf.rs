@@ -67,6 +67,19 @@ pub struct SymbolTable {
     pub names_size: u64,
 }
 
+/// A section of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Where it is in the file.
+    pub file_offset: FileOffset,
+    /// How long it is there: not verified.
+    pub size: u64,
+    /// Where it is in memory, before relocation.
+    pub address: VirtOffset,
+    /// It is compressed (`SHF_COMPRESSED`).
+    pub compressed: bool,
+}
+
 /// The tables of an ELF file for x86-64.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ElfLayout {
@@ -74,6 +87,12 @@ pub struct ElfLayout {
     pub segments: Vec<Segment>,
     /// `.dynsym` and `.symtab`, each if present.
     pub symbol_tables: Vec<SymbolTable>,
+    /// `.eh_frame`, by the section headers.
+    pub eh_frame: Option<Section>,
+    /// `.eh_frame_hdr`, by the program headers.
+    pub eh_frame_header: Option<Section>,
+    /// `.debug_frame`.
+    pub debug_frame: Option<Section>,
     /// Position and size of what holds notes.
     notes: Vec<(u64, u64)>,
 }
@@ -125,6 +144,13 @@ impl ElfLayout {
                     file_size,
                     executable: segment.u32(4) & elf::PF_X.0 != 0,
                 });
+            } else if segment.u32(0) == elf::PT_GNU_EH_FRAME.0 {
+                self.eh_frame_header = Some(Section {
+                    file_offset: FileOffset(offset),
+                    size: file_size,
+                    address: VirtOffset(segment.u64(16)),
+                    compressed: false,
+                });
             } else if segment.u32(0) == elf::PT_NOTE.0 {
                 self.notes.push((offset, file_size));
             }
@@ -155,9 +181,36 @@ impl ElfLayout {
         let mut bytes = vec![0; bytes];
         file.read_exact_at(&mut bytes, start)?;
 
+        let names = usize::from(header.u16(62));
+        let names = bytes.chunks_exact(SECTION_BYTES).nth(names).map(Fields);
         let mut found = [None, None];
         for section in bytes.chunks_exact(SECTION_BYTES).map(Fields) {
             let kind = section.u32(4);
+            if kind == elf::SHT_PROGBITS.0 || kind == elf::SHT_X86_64_UNWIND.0 {
+                let name = names.and_then(|names| {
+                    let mut name = [0; 13];
+                    let at = names.u64(24).checked_add(u64::from(section.u32(0)))?;
+                    // At the end of the file there may be fewer bytes.
+                    let read = file.read_at(&mut name, at).ok()?;
+                    name.get(..read)?
+                        .split(|&byte| byte == 0)
+                        .next()
+                        .map(<[u8]>::to_vec)
+                });
+                let place = match name.as_deref() {
+                    Some(b".eh_frame") => Some(&mut self.eh_frame),
+                    Some(b".debug_frame") => Some(&mut self.debug_frame),
+                    _ => None,
+                };
+                if let Some(place) = place {
+                    *place = Some(Section {
+                        file_offset: FileOffset(section.u64(24)),
+                        size: section.u64(32),
+                        address: VirtOffset(section.u64(16)),
+                        compressed: section.u64(8) & elf::SHF_COMPRESSED.0 != 0,
+                    });
+                }
+            }
             if kind == elf::SHT_NOTE.0 {
                 self.notes.push((section.u64(24), section.u64(32)));
             }

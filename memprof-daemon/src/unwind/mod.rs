@@ -1,0 +1,75 @@
+//! From a file's unwind information to the rows that BPF walks stacks with.
+//!
+//! ```text
+//! ELF file ─ section ─► .eh_frame ─ rows ─► (address, rule)... ─ table ─► Table
+//!                                    │
+//!                                  rule: one gimli row to one Rule
+//! ```
+//!
+//! Files are hostile until proven otherwise: nothing is mapped, no length is believed,
+//! and time and memory have limits.
+
+mod rows;
+mod rule;
+mod section;
+mod table;
+
+use std::{fs::File, io::Write as _, os::fd::OwnedFd};
+
+use thiserror::Error;
+
+pub use self::table::Table;
+use crate::process::elf::{ElfError, ElfLayout};
+
+/// Why a file has no table.
+#[derive(Debug, Error)]
+pub enum CompileError {
+    /// It could not be read.
+    #[error("cannot read: {0}")]
+    Io(#[from] std::io::Error),
+    /// It is not what it should be.
+    #[error(transparent)]
+    Elf(#[from] ElfError),
+    /// It describes no function.
+    #[error("no unwind information")]
+    NoUnwindInfo,
+    /// What describes the functions is damaged from its beginning on.
+    #[error("malformed unwind information: {0}")]
+    Malformed(#[from] gimli::Error),
+    /// It is larger, or more work, than that of any real file.
+    #[error("too much unwind information: {0}")]
+    TooMuch(&'static str),
+}
+
+/// Compiles the unwind information of a file. Takes up to a second for the largest.
+///
+/// What of it is damaged is left out: stacks end there.
+///
+/// # Errors
+///
+/// [`CompileError`].
+pub fn compile(file: &File) -> Result<Table, CompileError> {
+    let layout = ElfLayout::read(file)?;
+    let section = section::read(file, &layout)?;
+    let code = rows::Code::of(&layout)?;
+    table::build(&code, rows::collect(&section, &code)?)
+}
+
+/// Compiles the unwind information of an ELF file that is in memory, which the vDSO is.
+///
+/// # Errors
+///
+/// [`CompileError`].
+pub fn compile_image(image: &[u8]) -> Result<Table, CompileError> {
+    let memory: OwnedFd =
+        nix::sys::memfd::memfd_create(c"memprof-image", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+            .map_err(std::io::Error::from)?;
+    let mut file = File::from(memory);
+    file.write_all(image)?;
+    compile(&file)
+}
+
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
+mod tests;
