@@ -19,11 +19,43 @@ pub struct TargetConfig {
     /// may call the other, and even an unsampled call must be remembered until
     /// it returns.
     pub malloc_nests: u32,
+    /// [`Unwind`] as a number.
+    pub unwind: u32,
+    /// What its code is mapped from, in the arena of unwind tables
+    /// ([`crate::unwind::table::MappingList`]) ...
+    pub mappings: u64,
+    /// ... of the program of this epoch.
+    pub mappings_epoch: u32,
     /// 0.
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<TargetConfig>() == 40);
+const _: () = assert!(size_of::<TargetConfig>() == 56);
+
+/// How stacks are walked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Unwind {
+    /// By unwind tables; by frame pointers through code that has none.
+    #[default]
+    Auto = 0,
+    /// By unwind tables only.
+    Dwarf = 1,
+    /// By frame pointers only, by the kernel.
+    FramePointers = 2,
+}
+
+impl Unwind {
+    /// As users write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Dwarf => "dwarf",
+            Self::FramePointers => "fp",
+        }
+    }
+}
 
 /// The number that the kernel hands to a program with each hit of a probe.
 ///

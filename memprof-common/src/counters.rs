@@ -55,10 +55,24 @@ counters! {
     /// The address that `posix_memalign` had stored could not be read: the
     /// allocation is not in the profile.
     ResultUnreadable = 10, "result_unreadable";
+    /// A stack is cut at code without unwind information.
+    CutNoUnwindInfo = 11, "cut_no_unwind_info";
+    /// A stack is cut at code that had just been mapped.
+    CutUnknownMapping = 12, "cut_unknown_mapping";
+    /// A stack is cut at unwind information that cannot be followed.
+    CutUnsupportedRule = 13, "cut_unsupported_rule";
+    /// A stack is cut where its memory could not be read.
+    CutUnreadable = 14, "cut_unreadable";
+    /// A stack is cut where the next frame would have been no frame.
+    CutBrokenChain = 15, "cut_broken_chain";
+    /// A stack is cut since unwind tables changed meanwhile.
+    CutStaleTables = 16, "cut_stale_tables";
+    /// A stack is cut at a function whose return another tool probes.
+    CutReturnProbe = 17, "cut_return_probe";
 }
 
 /// How many counters a target has.
-pub const COUNTERS: usize = 16;
+pub const COUNTERS: usize = 24;
 
 const _: () = assert!(DropReason::ALL.len() <= COUNTERS);
 

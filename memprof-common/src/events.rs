@@ -11,6 +11,8 @@ pub const KIND_ALLOC: u32 = 1;
 pub const KIND_FREE: u32 = 2;
 /// The kind of an [`ExecEvent`].
 pub const KIND_EXEC: u32 = 3;
+/// The kind of an [`UnknownCodeEvent`].
+pub const KIND_UNKNOWN_CODE: u32 = 4;
 
 /// A sampled allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +60,26 @@ pub struct ExecEvent {
     pub comm: [u8; COMM_BYTES],
 }
 
+/// A stack led to code that the daemon has not told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct UnknownCodeEvent {
+    /// [`KIND_UNKNOWN_CODE`].
+    pub kind: u32,
+    /// The process.
+    pub pid: u32,
+    /// Its program.
+    pub epoch: u32,
+    /// 0.
+    pub reserved: u32,
+    /// An address in that code.
+    pub address: u64,
+}
+
 /// `TASK_COMM_LEN`, `include/linux/sched.h`.
 pub const COMM_BYTES: usize = 16;
 
 const _: () = assert!(size_of::<AllocEvent>() == 72);
 const _: () = assert!(size_of::<FreeEvent>() == 32);
 const _: () = assert!(size_of::<ExecEvent>() == 32);
+const _: () = assert!(size_of::<UnknownCodeEvent>() == 24);

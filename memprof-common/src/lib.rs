@@ -20,6 +20,7 @@ pub mod occupancy;
 pub mod random;
 pub mod sampler;
 pub mod stack;
+pub mod stack_copy;
 pub mod totals;
 pub mod unwind;
 

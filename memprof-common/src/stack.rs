@@ -27,9 +27,10 @@ impl StackKey {
 pub struct StackRecord {
     /// How many of `frames` are in use.
     pub depth: u32,
-    /// Not 0 if the stack was longer.
-    pub truncated: u32,
-    /// Return addresses, the allocating function's caller first.
+    /// Why there are no more: [`crate::unwind::walk::StackEnd`] and its flags.
+    pub end: u32,
+    /// Return addresses, the allocating function's caller first. Of a frame that a
+    /// signal has interrupted: one more than the instruction's address.
     pub frames: [u64; MAX_STACK_DEPTH],
 }
 
@@ -69,12 +70,12 @@ impl StackHasher {
         self.low ^= self.low >> 29;
     }
 
-    /// The name of the stack of `depth` frames that were pushed; never
-    /// [`StackKey::UNKNOWN`].
+    /// The name of the stack of `depth` frames that were pushed, and that ended for
+    /// the reason `end`; never [`StackKey::UNKNOWN`].
     #[must_use]
     #[inline(always)]
-    pub const fn finish(mut self, depth: u64) -> StackKey {
-        self.push(depth);
+    pub const fn finish(mut self, depth: u32, end: u32) -> StackKey {
+        self.push(depth as u64 | (end as u64) << 32);
         let mut high = self.high.wrapping_mul(LOW_MULTIPLIER);
         high ^= high >> 31;
         let mut low = self.low.wrapping_mul(HIGH_MULTIPLIER);
@@ -95,7 +96,7 @@ mod tests {
         for &frame in frames {
             hasher.push(frame);
         }
-        hasher.finish(frames.len() as u64)
+        hasher.finish(frames.len() as u32, 0)
     }
 
     /// Check that stacks that differ in one frame, in order or in length get

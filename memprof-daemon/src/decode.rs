@@ -1,7 +1,10 @@
 //! From the bytes of a record to a [`Sample`]. Never panics.
 
 use memprof_common::{
-    events::{AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE},
+    events::{
+        AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE,
+        KIND_UNKNOWN_CODE, UnknownCodeEvent,
+    },
     function::Function,
     live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
     stack::StackKey,
@@ -124,6 +127,18 @@ pub fn decode(record: &[u8]) -> Result<Sample, DecodeError> {
                 image,
                 by_other_thread,
                 comm: String::from_utf8_lossy(comm).into_owned(),
+            })
+        }
+        KIND_UNKNOWN_CODE => {
+            require(record, size_of::<UnknownCodeEvent>())?;
+            let image = ImageId {
+                pid: reader.u32(),
+                epoch: reader.u32(),
+            };
+            let _reserved = reader.u32();
+            Ok(Sample::UnknownCode {
+                image,
+                address: reader.u64(),
             })
         }
         kind => Err(DecodeError::UnknownKind(kind)),

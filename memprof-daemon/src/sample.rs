@@ -67,4 +67,11 @@ pub enum Sample {
         /// Its name.
         comm: String,
     },
+    /// A stack led to code that BPF was not told of.
+    UnknownCode {
+        /// Whose.
+        image: ImageId,
+        /// A return address in it.
+        address: u64,
+    },
 }

@@ -184,7 +184,7 @@ pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
     if call.sample_interval_bytes == 0 {
         return;
     }
-    let stack = stack::capture(ctx, slot, hit.target);
+    let stack = stack::capture(ctx, hit);
     let mut value = LiveValue {
         // SAFETY: takes nothing, returns a number.
         timestamp_ns: unsafe { bpf_ktime_get_ns() },

@@ -1,12 +1,15 @@
 //! Events into the ring.
 
-use aya_ebpf::maps::ring_buf::RingBufEntry;
+use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, maps::ring_buf::RingBufEntry};
 use memprof_common::{
-    events::{AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE},
+    events::{
+        AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE,
+        KIND_UNKNOWN_CODE, UnknownCodeEvent,
+    },
     live::{LiveKey, LiveValue},
 };
 
-use crate::maps::EVENTS;
+use crate::{hit::Hit, maps::EVENTS};
 
 /// Room for an alloc event, if there is any.
 #[inline(always)]
@@ -57,4 +60,35 @@ pub(crate) fn exec(pid: u32, epoch: u32, by_other_thread: bool, comm: [u8; COMM_
     });
     event.submit(0);
     true
+}
+
+/// Nanoseconds between two words about unknown code of one target: the daemon looks
+/// at all of it each time.
+const TELL_EVERY_NS: u64 = 5_000_000;
+
+/// Sends an event about code that the daemon has not told of, unless it was told a
+/// moment ago. What is lost for lack of room is sent at the next occasion.
+#[inline(always)]
+pub(crate) fn unknown_code(hit: &Hit, address: u64) {
+    // SAFETY: takes nothing, returns a number.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: a map value.
+    let told_ns = unsafe { &raw mut (*hit.state).told_ns };
+    // SAFETY: as above; two tasks that both tell do no harm.
+    if now.wrapping_sub(unsafe { told_ns.read_volatile() }) < TELL_EVERY_NS {
+        return;
+    }
+    let Some(mut event) = EVENTS.reserve::<UnknownCodeEvent>(0) else {
+        return;
+    };
+    event.write(UnknownCodeEvent {
+        kind: KIND_UNKNOWN_CODE,
+        pid: hit.target.pid,
+        epoch: hit.epoch,
+        reserved: 0,
+        address,
+    });
+    event.submit(0);
+    // SAFETY: as above.
+    unsafe { told_ns.write_volatile(now) };
 }

@@ -25,6 +25,8 @@ pub(crate) struct TargetState {
     pub(crate) epoch: u32,
     /// Where the probe of `malloc` is in the present program, once it was hit.
     pub(crate) malloc_ip: u64,
+    /// When the daemon was last told of unknown code.
+    pub(crate) told_ns: u64,
 }
 
 /// One hit.

@@ -4,7 +4,7 @@
 //! Read it in the order of the data path: this file's entry points, then
 //! `alloc` (an allocating call from entry to return), `free`, and what they use:
 //! `hit` (whose call it is), `totals` (what every call adds to), `in_flight`
-//! (calls between entry and return), `stack`, `live` (sampled blocks not yet
+//! (calls between entry and return), `stack` and `unwind`, `live` (sampled blocks not yet
 //! freed) and `emit` (the ring).
 //!
 //! Probe programs run in process context and can be preempted: by another task
@@ -31,7 +31,9 @@ mod live;
 mod maps;
 mod occupancy;
 mod stack;
+mod stack_copy;
 mod totals;
+mod unwind;
 
 use core::ffi::c_void;
 

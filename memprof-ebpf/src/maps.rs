@@ -84,3 +84,18 @@ pub(crate) static STACKS: HashMap<StackKey, StackRecord> =
 /// Where stacks are captured before they have a name.
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// The words of unwind tables and lists of mappings. This is what it is called in the
+/// object; the daemon puts an array of maps in its place, which cannot be declared
+/// without type information. A look-up in either is a few instructions that the kernel
+/// compiles, not a call.
+#[map]
+pub(crate) static ARENA: Array<u32> = Array::with_max_entries(1, 0);
+
+/// How often the daemon has begun to give words of the arena a new meaning.
+#[map]
+pub(crate) static ARENA_REUSES: Array<u64> = Array::with_max_entries(1, 0);
+
+/// What walks saw, for tests of the unwinder.
+#[map]
+pub(crate) static STACK_COPIES: RingBuf = RingBuf::with_byte_size(4096, 0);

@@ -9,8 +9,9 @@
 //! - its *wide rules*, for what does not fit a row;
 //! - the *mappings* of a process, sorted: which addresses belong to which module.
 //!
-//! The walk is the same code in BPF and in tests: it sees the arena and the target's
-//! memory through a trait.
+//! [`walk`] is the same code in BPF and in tests: it sees the arena and the target's
+//! memory through [`walk::Memory`].
 
 pub mod rule;
 pub mod table;
+pub mod walk;

@@ -5,6 +5,13 @@
 
 use super::rule::Rule;
 
+/// Binary logarithm of [`SLAB_WORDS`].
+pub const SLAB_SHIFT: u32 = 17;
+/// Words of the arena that are made available at once: a mebibyte.
+pub const SLAB_WORDS: u32 = 1 << SLAB_SHIFT;
+/// The most slabs that there can be: 4 GiB.
+pub const MAX_SLABS: u32 = 4096;
+
 /// Binary logarithm of [`PAGE_BYTES`].
 pub const PAGE_SHIFT: u32 = 10;
 /// Addresses that share an entry of a module's pages. A row begins at a byte of its

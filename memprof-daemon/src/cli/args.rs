@@ -1,9 +1,14 @@
 //! Options that several subcommands share, and their units.
 
-use clap::Args;
-use memprof_common::limits::{
-    DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
-    MAX_STACK_DEPTH,
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use memprof_common::{
+    config::Unwind,
+    limits::{
+        DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
+        MAX_STACK_DEPTH,
+    },
 };
 
 use crate::{
@@ -61,9 +66,36 @@ pub(super) struct TraceArgs {
     #[arg(long, value_name = "MODE", default_value_t = ModeChoice::Auto, env = "MEMPROF_PROBE")]
     probe: ModeChoice,
 
+    /// How to walk stacks: auto by unwind information, and through code that has none by
+    /// frame pointers; dwarf by unwind information alone; fp by frame pointers alone
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = UnwindChoice::Auto, env = "MEMPROF_UNWIND")]
+    unwind: UnwindChoice,
+
+    /// Write what each walk of a stack saw, for tests of the unwinder
+    #[arg(long, value_name = "FILE", hide = true)]
+    stack_copies: Option<PathBuf>,
+
     /// Show diagnostics of the BPF side
     #[arg(long)]
     bpf_log: bool,
+}
+
+/// How to walk stacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum UnwindChoice {
+    Auto,
+    Dwarf,
+    Fp,
+}
+
+impl From<UnwindChoice> for Unwind {
+    fn from(choice: UnwindChoice) -> Self {
+        match choice {
+            UnwindChoice::Auto => Self::Auto,
+            UnwindChoice::Dwarf => Self::Dwarf,
+            UnwindChoice::Fp => Self::FramePointers,
+        }
+    }
 }
 
 impl TraceArgs {
@@ -79,6 +111,8 @@ impl TraceArgs {
                 in_flight_entries: self.in_flight_entries,
             },
             probe_mode: self.probe,
+            unwind: self.unwind.into(),
+            stack_copies: self.stack_copies.clone(),
             bpf_log: self.bpf_log,
         }
     }

@@ -31,7 +31,7 @@ pub fn write(profile: &Profile, value_type: ValueType, out: &mut dyn Write) -> i
         for stack in &process.stacks {
             let mut line = String::new();
             push_name(&mut line, &process.comm);
-            if stack.truncated {
+            if stack.truncated() {
                 line.push_str(";[cut]");
             }
             for frame in lines(&stack.frames).rev() {

@@ -207,6 +207,8 @@ struct Stack<'a> {
     #[serde(flatten)]
     estimates: Estimates,
     truncated: bool,
+    end: &'static str,
+    by_frame_pointer: bool,
     frames: Frames<'a>,
 }
 
@@ -214,7 +216,9 @@ impl<'a> Stack<'a> {
     fn new(stack: &'a StackProfile, numbers: Numbers, written: &'a Written<'a>) -> Self {
         Self {
             estimates: numbers.into(),
-            truncated: stack.truncated,
+            truncated: stack.truncated(),
+            end: stack.end.name(),
+            by_frame_pointer: stack.by_frame_pointer,
             frames: Frames {
                 frames: &stack.frames,
                 written,

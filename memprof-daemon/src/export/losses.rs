@@ -87,6 +87,33 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
             "{}: deeper than --stack-depth; their outer callers are missing",
             what("cut stack")
         ),
+        DropReason::CutNoUnwindInfo => format!(
+            "{} at code that has no unwind information and no frame pointers",
+            what("cut stack")
+        ),
+        DropReason::CutUnknownMapping => {
+            format!("{} at code that had just been mapped", what("cut stack"))
+        }
+        DropReason::CutUnsupportedRule => format!(
+            "{} at unwind information that cannot be followed",
+            what("cut stack")
+        ),
+        DropReason::CutUnreadable => format!(
+            "{} where the stack's memory could not be read",
+            what("cut stack")
+        ),
+        DropReason::CutBrokenChain => format!(
+            "{} where the next frame would have been none",
+            what("cut stack")
+        ),
+        DropReason::CutStaleTables => format!(
+            "{} since unwind tables were changed meanwhile",
+            what("cut stack")
+        ),
+        DropReason::CutReturnProbe => format!(
+            "{} at a function whose return another tool probes",
+            what("cut stack")
+        ),
         DropReason::ResultUnreadable => format!(
             "{}: the address that posix_memalign stored could not be read",
             what("missing allocation")

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use memprof_common::unwind::walk::StackEnd;
+
 pub use crate::process::info::ProcessMemory;
 use crate::{
     export::totals::ExactTotals, ledger::snapshot::StackCounters, symbolize::frame::Frame,
@@ -91,6 +93,16 @@ pub struct StackProfile {
     pub counters: StackCounters,
     /// Leaf first; never empty.
     pub frames: Vec<Arc<Frame>>,
-    /// The stack went on beyond the last frame.
-    pub truncated: bool,
+    /// Why it has no more frames.
+    pub end: StackEnd,
+    /// Some of them were found by frame pointers.
+    pub by_frame_pointer: bool,
+}
+
+impl StackProfile {
+    /// Whether the stack went on beyond the last frame.
+    #[must_use]
+    pub const fn truncated(&self) -> bool {
+        !matches!(self.end, StackEnd::Complete | StackEnd::Unverified)
+    }
 }

@@ -1,5 +1,7 @@
 //! A profile with everything in it that a format has to cope with.
 
+use memprof_common::unwind::walk::StackEnd;
+
 use std::{
     collections::BTreeMap,
     ffi::OsString,
@@ -56,7 +58,8 @@ pub(crate) fn profile() -> Profile {
             (1000, 0),
         ),
         StackProfile {
-            truncated: true,
+            end: StackEnd::NoUnwindInfo,
+            by_frame_pointer: false,
             ..stack(
                 vec![
                     unknown(None, 0xdead, None, UnknownReason::Unmapped),
@@ -243,6 +246,7 @@ fn stack(frames: Vec<Arc<Frame>>, counts: [f64; 4], samples: (u64, u64)) -> Stac
             live_samples,
         },
         frames,
-        truncated: false,
+        end: StackEnd::Complete,
+        by_frame_pointer: false,
     }
 }

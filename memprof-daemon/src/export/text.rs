@@ -300,7 +300,7 @@ impl<W: Write> Report<'_, W> {
             let more = units::counted((all - shown) as u64, "more caller");
             writeln!(self.out, "       {dim}... {more}{plain}")?;
         }
-        if stack.truncated {
+        if stack.truncated() {
             writeln!(self.out, "       {dim}... and its callers, unknown{plain}")?;
         }
         Ok(())

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use memprof_common::unwind::walk::StackEnd;
+
 use crate::{address::FrameAddress, sample::ImageId};
 
 /// Per-stack counters: estimates of the true values. In-use is derived, never
@@ -75,12 +77,24 @@ impl std::ops::AddAssign for StackCounters {
 
 /// A stack of return addresses, leaf first: the function that called the
 /// allocator, then its callers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct StackTrace {
     /// Empty if none could be captured.
     pub frames: Vec<FrameAddress>,
-    /// The stack went on.
-    pub truncated: bool,
+    /// Why there are no more.
+    pub end: StackEnd,
+    /// Some were found by frame pointers.
+    pub by_frame_pointer: bool,
+}
+
+impl Default for StackTrace {
+    fn default() -> Self {
+        Self {
+            frames: Vec::new(),
+            end: StackEnd::Unreadable,
+            by_frame_pointer: false,
+        }
+    }
 }
 
 /// One stack of one image.

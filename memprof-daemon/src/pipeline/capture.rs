@@ -103,7 +103,8 @@ impl Capture {
                     .map(|(stack, frames)| StackProfile {
                         counters: stack.counters,
                         frames,
-                        truncated: stack.trace.truncated,
+                        end: stack.trace.end,
+                        by_frame_pointer: stack.trace.by_frame_pointer,
                     })
                     .collect(),
             });

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::target::TargetError;
+use super::{
+    tables::{FileTable, TableStore},
+    target::TargetError,
+};
 use crate::{
     address::AbsAddr,
     probe::find::{AllocatorModule, Finder},
@@ -17,10 +20,11 @@ use crate::{
 };
 
 /// Opens and reads files for all targets, each once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Scanner {
     files: FileStore,
     finder: Finder,
+    tables: Arc<TableStore>,
 }
 
 /// A process as it was read.
@@ -30,9 +34,19 @@ pub(super) struct Scan {
     pub(super) mappings: MappingTable,
     pub(super) modules: Vec<AllocatorModule>,
     pub(super) exit: ExitWatch,
+    /// The unwind tables of its files, by (device, inode).
+    pub(super) tables: Vec<((u64, u64), FileTable)>,
 }
 
 impl Scanner {
+    pub(super) fn new(tables: Arc<TableStore>) -> Self {
+        Self {
+            files: FileStore::default(),
+            finder: Finder::default(),
+            tables,
+        }
+    }
+
     /// Reads a process that is to be traced.
     ///
     /// # Errors
@@ -76,11 +90,17 @@ impl Scanner {
         check_machine(pid)?;
         let mappings = read_mappings(pid, &self.files)?;
         let modules = find(&mappings)?;
+        let tables = mappings
+            .files()
+            .iter()
+            .map(|file| ((file.device, file.inode), self.tables.of(file)))
+            .collect();
         Ok(Scan {
             info,
             mappings,
             modules,
             exit,
+            tables,
         })
     }
 

@@ -32,6 +32,10 @@ pub struct Stats {
     pub lost_mapping_events: u64,
     /// Stacks that BPF named and did not hold any more.
     pub missing_stacks: u64,
+    /// How stacks are walked: `auto`, `dwarf` or `fp`.
+    pub unwind: &'static str,
+    /// Bytes of kernel memory for unwind tables and lists of mappings.
+    pub unwind_table_bytes: u64,
     /// One entry a target.
     pub processes: Vec<ProcessStats>,
 }

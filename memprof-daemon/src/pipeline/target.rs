@@ -1,18 +1,22 @@
 //! What the pipeline knows of one traced process.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
 use memprof_common::{
     counters::{COUNTERS, DropReason},
     totals::TargetTotals,
+    unwind::table::MappingList,
 };
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use super::totals::ImageTotals;
+use super::{
+    tables::{FileTable, LoadedList},
+    totals::ImageTotals,
+};
 use crate::{
     export::profile::{ProbeSite, ProcessMemory},
     ledger::EventTally,
@@ -198,6 +202,9 @@ impl State {
     }
 }
 
+/// From one reading of a process's mappings, because of unknown code, to the next.
+const RESCAN_EVERY: Duration = Duration::from_millis(50);
+
 /// A traced process.
 #[derive(Debug)]
 pub(super) struct Target {
@@ -240,6 +247,14 @@ pub(super) struct Target {
     pub(super) swept_losses: [u64; COUNTERS],
     /// How many `execve`s BPF has told of.
     pub(super) execs_told: u32,
+    /// The unwind tables of its files, by (device, inode).
+    pub(super) tables: HashMap<(u64, u64), FileTable>,
+    /// Files whose tables are being compiled.
+    pub(super) compiling: HashSet<(u64, u64)>,
+    /// What BPF was told of its mappings: the list, how it is told, and whose.
+    pub(super) list: Option<(LoadedList, MappingList, u32)>,
+    /// When its mappings were last read again since BPF met unknown code.
+    pub(super) rescanned: Option<Instant>,
     /// What the exact totals of the next image begin with; none if that is not
     /// known.
     pub(super) next_totals_base: Option<TargetTotals>,
@@ -269,8 +284,24 @@ impl Target {
             detach_time: None,
             swept_losses: [0; COUNTERS],
             execs_told: 0,
+            tables: HashMap::new(),
+            compiling: HashSet::new(),
+            list: None,
+            rescanned: None,
             next_totals_base: Some(TargetTotals::default()),
         }
+    }
+
+    /// Whether its mappings may be read again: that costs, and code that no mapping
+    /// holds would have it done all the time.
+    pub(super) fn may_rescan(&mut self) -> bool {
+        let may = self
+            .rescanned
+            .is_none_or(|last| last.elapsed() >= RESCAN_EVERY);
+        if may {
+            self.rescanned = Some(Instant::now());
+        }
+        may
     }
 
     pub(super) fn current(&mut self) -> Option<&mut Image> {

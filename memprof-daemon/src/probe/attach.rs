@@ -88,8 +88,8 @@ struct Links {
 
 /// The loaded programs and their links.
 pub struct Prober {
-    /// Holds the maps and the tracepoints, and in one mode the programs.
-    ebpf: Ebpf,
+    /// Holds the tracepoints.
+    _ebpf: Ebpf,
     programs: Programs,
     mode: ProbeMode,
     targets: HashMap<u16, Links>,
@@ -109,7 +109,7 @@ impl std::fmt::Debug for Prober {
 impl Prober {
     pub(super) fn new(ebpf: Ebpf, programs: Programs, mode: ProbeMode) -> Self {
         Self {
-            ebpf,
+            _ebpf: ebpf,
             programs,
             mode,
             targets: HashMap::new(),
@@ -170,7 +170,7 @@ impl Prober {
                 let places: Vec<Place> = sites.iter().map(|site| site.place(slot)).collect();
                 let attached = self
                     .programs
-                    .attach(&mut self.ebpf, event, path, &places, pid)
+                    .attach(event, path, &places, pid)
                     .map_err(|error| refused(path, &sites, error))?;
                 links.extend(attached);
             }
@@ -185,14 +185,14 @@ impl Prober {
             return Ok(());
         }
         if self.seccomp_trial.is_none() {
-            let (programs, ebpf) = (&self.programs, &mut self.ebpf);
+            let programs = &mut self.programs;
             let trial = seccomp::try_out(|path, file_offset, child| {
                 let place = Place {
                     file_offset,
                     // A slot that belongs to nobody: nothing is recorded.
                     cookie: AttachCookie::new(u16::MAX, 0, Function::Malloc).0,
                 };
-                programs.attach_to_return(ebpf, path, place, child)
+                programs.attach_to_return(path, place, child)
             });
             self.seccomp_trial = Some(trial);
         }

@@ -158,10 +158,7 @@ fn map_type(map: &Map) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::probe::{
-        loader::{Sizes, load},
-        mode::ModeChoice,
-    };
+    use crate::probe::loader::{LoadOptions, Sizes, load};
     use std::collections::BTreeMap;
 
     /// Check that a reading meets every entry exactly once, over more entries
@@ -172,10 +169,11 @@ mod tests {
             live_entries: 60_000,
             ..Sizes::default()
         };
-        let mut live = load(sizes, ModeChoice::Auto, false)
-            .expect("run as root")
-            .maps
-            .live;
+        let options = LoadOptions {
+            sizes,
+            ..LoadOptions::default()
+        };
+        let mut live = load(&options).expect("run as root").maps.live;
         assert!(live.read_all().unwrap().is_empty());
         let mut expected = BTreeMap::new();
         for addr in 0..50_000_u64 {

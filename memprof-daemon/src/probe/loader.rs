@@ -2,7 +2,7 @@
 
 use aya::{
     EbpfError, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
@@ -13,11 +13,15 @@ use memprof_common::{
         DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
     },
     stack::{StackKey, StackRecord},
+    stack_copy::StackCopy,
     totals::TargetTotals,
 };
+use std::os::fd::AsFd as _;
+
 use thiserror::Error;
 
 use super::{
+    arena::{self, Arena},
     attach::Prober,
     live_map::LiveMap,
     mode::{ModeChoice, Unsupported},
@@ -103,7 +107,28 @@ pub struct Maps {
     pub live: LiveMap,
     /// Stacks by name.
     pub stacks: HashMap<MapData, StackKey, StackRecord>,
+    /// Unwind tables.
+    pub arena: Arena,
+    /// What walks saw, if that is wanted.
+    pub stack_copies: Option<RingBuf<MapData>>,
 }
+
+/// How the object is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// How large the maps are.
+    pub sizes: Sizes,
+    /// How the probes will be attached.
+    pub mode: ModeChoice,
+    /// Turns the diagnostics of the BPF side on; without it they cost nothing, since
+    /// the verifier removes code behind a constant.
+    pub bpf_log: bool,
+    /// Has BPF copy the memory that each walk began with, for tests.
+    pub copy_stacks: bool,
+}
+
+/// Copies of stacks on their way, at most.
+const STACK_COPIES: u32 = 256;
 
 /// What a loaded object consists of.
 pub struct Loaded {
@@ -122,11 +147,7 @@ const TRACEPOINTS: [(&str, &str); 2] = [
     ("thread_exit", "sched_process_exit"),
 ];
 
-/// Loads the object, with its maps in the given sizes and its programs for the
-/// given way of attaching.
-///
-/// `bpf_log` turns the diagnostics of the BPF side on; without it they cost
-/// nothing, since the verifier removes code behind a constant.
+/// Loads the object, with its programs for the given way of attaching.
 ///
 /// # Errors
 ///
@@ -135,8 +156,19 @@ const TRACEPOINTS: [(&str, &str); 2] = [
 /// # Minimum kernel version
 ///
 /// 5.15: ring buffer (5.8), `bpf_get_attach_cookie` in uprobes (5.15).
-pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, LoadError> {
-    let mode = mode.resolve()?;
+pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
+    let LoadOptions {
+        sizes,
+        bpf_log,
+        copy_stacks,
+        ..
+    } = *options;
+    let mode = options.mode.resolve()?;
+    let copies_bytes = if copy_stacks {
+        (size_of::<StackCopy>() as u32 * STACK_COPIES).next_power_of_two()
+    } else {
+        4096
+    };
     let log_level: u8 = if bpf_log {
         aya_log::Level::Debug as u8
     } else {
@@ -144,6 +176,9 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
     };
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, false)
+        .override_global("HAS_LOOP", &u8::from(has_loop()), true)
+        .override_global("COPY_STACKS", &u8::from(copy_stacks), true)
+        .map_max_entries("STACK_COPIES", copies_bytes)
         .map_max_entries("EVENTS", sizes.ring_bytes)
         .map_max_entries("LIVE", sizes.live_entries)
         .map_max_entries("STACKS", sizes.stack_entries)
@@ -153,7 +188,9 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
         .map_err(|error| LoadError::Object(Box::new(error)))?;
 
     // Before the maps go to their owners: here they are all together.
-    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &mut ebpf)
+    let slabs = arena::create_slabs().map_err(|error| map_error("ARENA", error))?;
+    let others = [("ARENA", slabs.fd().as_fd())];
+    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &ebpf, &others)
         .map_err(|(name, source)| LoadError::Program { name, source })?;
     let log = if bpf_log {
         Some(EbpfLogger::init(&mut ebpf).map_err(LoadError::Log)?)
@@ -173,6 +210,16 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
         live: LiveMap::new(take("LIVE")?, &take("OCCUPANCY")?)
             .map_err(|error| map_error("LIVE", error))?,
         stacks: typed("STACKS", take("STACKS")?)?,
+        arena: Arena::new(
+            ArrayOfMaps::try_from(Map::ArrayOfMaps(slabs))
+                .map_err(|error| map_error("ARENA", error))?,
+            typed("ARENA_REUSES", take("ARENA_REUSES")?)?,
+        ),
+        stack_copies: if copy_stacks {
+            Some(typed("STACK_COPIES", take("STACK_COPIES")?)?)
+        } else {
+            None
+        },
     };
 
     for (name, tracepoint) in TRACEPOINTS {
@@ -191,6 +238,16 @@ pub fn load(sizes: Sizes, mode: ModeChoice, bpf_log: bool) -> Result<Loaded, Loa
         maps,
         log,
     })
+}
+
+/// Whether the kernel has `bpf_loop` (Linux 5.17), which stacks are walked with.
+#[must_use]
+pub fn has_loop() -> bool {
+    aya::sys::is_helper_supported(
+        aya::programs::ProgramType::KProbe,
+        aya_obj::generated::bpf_func_id::BPF_FUNC_loop,
+    )
+    .unwrap_or(false)
 }
 
 fn typed<T>(name: &'static str, map: Map) -> Result<T, LoadError>
@@ -222,7 +279,7 @@ fn program_error(name: &'static str, error: ProgramError) -> LoadError {
 /// [`LoadError`]; nothing stays behind in the kernel.
 pub fn load_floor(mode: ModeChoice, entries_only: bool) -> Result<Prober, LoadError> {
     let mode = mode.resolve()?;
-    let mut ebpf = EbpfLoader::new()
+    let ebpf = EbpfLoader::new()
         .load(OBJECT)
         .map_err(|error| LoadError::Object(Box::new(error)))?;
     let set = if entries_only {
@@ -230,7 +287,7 @@ pub fn load_floor(mode: ModeChoice, entries_only: bool) -> Result<Prober, LoadEr
     } else {
         ProgramSet::Empty
     };
-    let programs = Programs::load(mode, set, OBJECT, &mut ebpf)
+    let programs = Programs::load(mode, set, OBJECT, &ebpf, &[])
         .map_err(|(name, source)| LoadError::Program { name, source })?;
     Ok(Prober::new(ebpf, programs, mode))
 }

@@ -9,16 +9,20 @@
     reason = "bpf(2) beyond what aya has, and what must run in children before exec"
 )]
 
+pub mod arena;
 pub mod attach;
 pub mod find;
+mod function_types;
 mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
 pub mod mode;
+pub mod object;
 mod occupancy;
 pub mod point;
 pub mod programs;
 pub mod requirements;
 pub mod seccomp;
+mod syscall;
 pub mod uprobe_multi;

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr};
 
 use thiserror::Error;
 
-use super::uprobe_multi::{self, AttachType};
+use super::{object::AttachType, uprobe_multi};
 
 /// How the probes of a target are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

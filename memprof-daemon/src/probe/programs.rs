@@ -1,15 +1,15 @@
 //! The probe programs, loaded for one way of attaching.
 
 use std::{
-    io,
-    os::fd::{AsFd as _, OwnedFd},
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use aya::{
     Ebpf,
     programs::{
-        ProgramError, UProbe,
+        ProbeKind, ProgramError, UProbe, loaded_programs,
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
     },
 };
@@ -17,7 +17,8 @@ use thiserror::Error;
 
 use super::{
     mode::ProbeMode,
-    uprobe_multi::{self, AttachType, LoadError, Object, Place, ProbeOn},
+    object::{AttachType, LoadError, Object},
+    uprobe_multi::{self, Place, ProbeOn},
 };
 
 /// Which programs.
@@ -115,49 +116,54 @@ pub(super) enum Programs {
         alloc_entry: OwnedFd,
         alloc_return: Option<OwnedFd>,
     },
-    /// Loaded by aya, and attached by perf events.
-    Perf { names: Names },
+    /// Attached by perf events.
+    Perf(Box<PerfPrograms>),
+}
+
+/// Programs that aya attaches.
+pub(super) struct PerfPrograms {
+    free_entry: UProbe,
+    alloc_entry: UProbe,
+    alloc_return: Option<UProbe>,
 }
 
 impl Programs {
     /// Loads the programs of `ebpf`, which was made of `object` and still holds
-    /// all of its maps.
+    /// all of its maps; `others` take the place of some.
     pub(super) fn load(
         mode: ProbeMode,
         set: ProgramSet,
         object: &[u8],
-        ebpf: &mut Ebpf,
+        ebpf: &Ebpf,
+        others: &[(&str, BorrowedFd<'_>)],
     ) -> Result<Self, (&'static str, ProgramLoadError)> {
         let names = set.names(mode);
         let alloc_type = match mode {
             ProbeMode::Session => AttachType::Session,
             ProbeMode::Multi => AttachType::Multi,
-            ProbeMode::Perf => {
-                for name in [
-                    Some(names.free_entry),
-                    Some(names.alloc_entry),
-                    names.alloc_return,
-                ]
-                .into_iter()
-                .flatten()
-                {
-                    let loaded = uprobe(ebpf, name).and_then(|program| match program.load() {
-                        // A set may use a program twice.
-                        Err(ProgramError::AlreadyLoaded) => Ok(()),
-                        result => result,
-                    });
-                    loaded.map_err(|error| (name, ProgramLoadError::Aya(Box::new(error))))?;
-                }
-                return Ok(Self::Perf { names });
-            }
+            ProbeMode::Perf => AttachType::Perf,
         };
-        let object =
-            Object::parse(object, ebpf).map_err(|error| (names.alloc_entry, error.into()))?;
+        let object = Object::parse(object, ebpf, others)
+            .map_err(|error| (names.alloc_entry, error.into()))?;
         let load = |name: &'static str, attach_type| {
             object
                 .load(name, attach_type)
                 .map_err(|error| (name, ProgramLoadError::from(error)))
         };
+        if mode == ProbeMode::Perf {
+            let load = |name, kind| {
+                let program = load(name, AttachType::Perf)?;
+                by_perf(&program, name, kind).map_err(|error| (name, error))
+            };
+            return Ok(Self::Perf(Box::new(PerfPrograms {
+                free_entry: load(names.free_entry, ProbeKind::Entry)?,
+                alloc_entry: load(names.alloc_entry, ProbeKind::Entry)?,
+                alloc_return: names
+                    .alloc_return
+                    .map(|name| load(name, ProbeKind::Return))
+                    .transpose()?,
+            })));
+        }
         Ok(Self::Multi {
             alloc_type,
             // Frees need no session.
@@ -173,20 +179,19 @@ impl Programs {
     /// Attaches something to the return from one place, in the way that returns
     /// are probed in this mode.
     pub(super) fn attach_to_return(
-        &self,
-        ebpf: &mut Ebpf,
+        &mut self,
         path: &Path,
         place: Place,
         pid: u32,
     ) -> Result<Vec<Link>, LinkError> {
         let Self::Multi { alloc_type, .. } = self else {
-            return self.attach(ebpf, Event::AllocReturn, path, &[place], pid);
+            return self.attach(Event::AllocReturn, path, &[place], pid);
         };
         // In a session the tracing program would leave the return alone: the
         // place belongs to no target.
         let on = match alloc_type {
             AttachType::Session => ProbeOn::Entry,
-            AttachType::Multi => ProbeOn::Return,
+            AttachType::Multi | AttachType::Perf => ProbeOn::Return,
         };
         let program = uprobe_multi::load_empty(*alloc_type)
             .map_err(|error| LinkError::Multi(io::Error::other(error)))?;
@@ -198,8 +203,7 @@ impl Programs {
     /// Attaches the program for `event` to places of one file; no link if the
     /// set has none for it.
     pub(super) fn attach(
-        &self,
-        ebpf: &mut Ebpf,
+        &mut self,
         event: Event,
         path: &Path,
         places: &[Place],
@@ -213,8 +217,8 @@ impl Programs {
                 alloc_return,
             } => {
                 let (program, attach_type, on) = match event {
-                    Event::FreeEntry => (Some(free_entry), AttachType::Multi, ProbeOn::Entry),
-                    Event::AllocEntry => (Some(alloc_entry), *alloc_type, ProbeOn::Entry),
+                    Event::FreeEntry => (Some(&*free_entry), AttachType::Multi, ProbeOn::Entry),
+                    Event::AllocEntry => (Some(&*alloc_entry), *alloc_type, ProbeOn::Entry),
                     Event::AllocReturn => {
                         (alloc_return.as_ref(), AttachType::Multi, ProbeOn::Return)
                     }
@@ -229,18 +233,18 @@ impl Programs {
                         _ => LinkError::Multi(error),
                     })
             }
-            Self::Perf { names } => {
-                let name = match event {
-                    Event::FreeEntry => Some(names.free_entry),
-                    Event::AllocEntry => Some(names.alloc_entry),
-                    Event::AllocReturn => names.alloc_return,
+            Self::Perf(programs) => {
+                let program = match event {
+                    Event::FreeEntry => Some(&mut programs.free_entry),
+                    Event::AllocEntry => Some(&mut programs.alloc_entry),
+                    Event::AllocReturn => programs.alloc_return.as_mut(),
                 };
-                let Some(name) = name else {
+                let Some(program) = program else {
                     return Ok(Vec::new());
                 };
                 places
                     .iter()
-                    .map(|place| attach_by_perf(ebpf, name, path, *place, pid))
+                    .map(|place| attach_by_perf(program, path, *place, pid))
                     .collect()
             }
         }
@@ -258,15 +262,34 @@ pub enum ProgramLoadError {
     Multi(#[from] LoadError),
 }
 
-fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut UProbe, ProgramError> {
-    ebpf.program_mut(name)
-        .ok_or(ProgramError::NotLoaded)?
-        .try_into()
+/// Hands a loaded program to aya, which attaches by perf event. aya knows programs by
+/// what the kernel says of them; the kernel says of a descriptor which that is in
+/// `/proc/self/fdinfo` (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`).
+fn by_perf(
+    program: &OwnedFd,
+    name: &'static str,
+    kind: ProbeKind,
+) -> Result<UProbe, ProgramLoadError> {
+    let lost = |what: String| {
+        ProgramLoadError::from(LoadError::Object(format!("`{name}` is loaded, but {what}")))
+    };
+    let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+    let text = fs::read_to_string(path).map_err(|error| lost(error.to_string()))?;
+    let id: u32 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok())
+        .ok_or_else(|| lost("the kernel does not say as which".to_owned()))?;
+    let info = loaded_programs()
+        .filter_map(Result::ok)
+        .find(|info| info.id() == id)
+        .ok_or_else(|| lost("the kernel does not know it".to_owned()))?;
+    // SAFETY: the object has it as a uprobe's or a uretprobe's program, as `kind` says.
+    unsafe { UProbe::from_program_info(info, name.into(), kind) }
+        .map_err(|error| ProgramLoadError::Aya(Box::new(error)))
 }
 
 fn attach_by_perf(
-    ebpf: &mut Ebpf,
-    name: &str,
+    program: &mut UProbe,
     path: &Path,
     place: Place,
     pid: u32,
@@ -278,11 +301,9 @@ fn attach_by_perf(
         location: UProbeAttachLocation::AbsoluteOffset(place.file_offset),
         cookie: Some(place.cookie),
     };
-    uprobe(ebpf, name)
-        .and_then(|program| {
-            let link = program.attach(point, path, UProbeScope::OneProcess(process))?;
-            program.take_link(link)
-        })
+    program
+        .attach(point, path, UProbeScope::OneProcess(process))
+        .and_then(|link| program.take_link(link))
         .map(Link::Perf)
         .map_err(|error| {
             if is_no_such_process(&error) {

@@ -4,10 +4,7 @@ use std::fs;
 
 use nix::unistd::geteuid;
 
-use super::{
-    loader,
-    mode::{ModeChoice, ProbeMode},
-};
+use super::{loader, mode::ProbeMode};
 
 /// One thing that memprof needs of its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +59,7 @@ pub fn check_host() -> Vec<Requirement> {
         requirement("perf events", perf_events()),
         requirement("BPF", bpf()),
         requirement("probe modes", probe_modes()),
+        requirement("unwinding", unwinding()),
     ]);
     requirements
 }
@@ -207,7 +205,7 @@ fn perf_events() -> State {
 
 fn bpf() -> State {
     // The real thing: every map, every program, through the verifier.
-    match loader::load(loader::Sizes::default(), ModeChoice::Auto, false) {
+    match loader::load(&loader::LoadOptions::default()) {
         Ok(_) => State::Met("memprof's programs load".to_owned()),
         Err(error) => State::unmet(
             describe(&error),
@@ -232,6 +230,15 @@ fn probe_modes() -> State {
         there.join(", "),
         missing.concat()
     ))
+}
+
+/// Never unmet: the kernel can walk stacks itself, by frame pointers.
+fn unwinding() -> State {
+    State::Met(if loader::has_loop() {
+        "by unwind information".to_owned()
+    } else {
+        "by frame pointers alone: bpf_loop is missing (Linux 5.17)".to_owned()
+    })
 }
 
 /// An error with its causes, in one line.

@@ -1,36 +1,24 @@
-//! Loading and attaching uprobe_multi and uprobe.session programs.
+//! Attaching uprobe_multi and uprobe.session programs.
 //!
 //! aya 0.14 attaches uprobes by perf event only. aya 0.16 has uprobe_multi of
-//! its own (it needs rustc 1.98): then [`AttachType::Multi`] goes, and this file
-//! with it once aya has sessions as well. All that is needed of `aya_obj` is in
-//! [`Object::parse`]: it reads the same object that aya has loaded and points it
-//! at the maps that aya has made.
+//! its own (it needs rustc 1.98), and no sessions.
 
 use std::{
-    collections::HashSet,
-    ffi::{CStr, CString, OsStr},
+    ffi::{CString, OsStr},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
 };
 
-use aya::{Ebpf, maps::Map};
 use aya_obj::generated::bpf_insn;
-use thiserror::Error;
 
-/// `expected_attach_type` of a program, and type of its links
-/// (`include/uapi/linux/bpf.h`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum AttachType {
-    /// `BPF_TRACE_UPROBE_MULTI`, Linux 6.6.
-    Multi = 48,
-    /// `BPF_TRACE_UPROBE_SESSION`, Linux 6.13.
-    Session = 57,
-}
+use super::{
+    object::{AttachType, LoadError, load},
+    syscall::{address, bpf, length},
+};
 
 /// Which event of a site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,43 +37,6 @@ pub struct Place {
     /// `bpf_get_attach_cookie`.
     pub cookie: u64,
 }
-
-/// Why a program could not be loaded.
-#[derive(Debug, Error)]
-pub enum LoadError {
-    /// The object cannot be read, or does not fit its maps.
-    #[error("the BPF object does not fit: {0}")]
-    Object(String),
-    /// The kernel refused it.
-    #[error("{source}{log}")]
-    Refused {
-        /// The verifier's words, after a newline; empty if it had none.
-        log: String,
-        /// The kernel's answer.
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// `union bpf_attr` of `BPF_PROG_LOAD`.
-#[repr(C)]
-#[derive(Default)]
-struct ProgLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-}
-
-const _: () = assert!(size_of::<ProgLoad>() == 72);
 
 /// `union bpf_attr` of `BPF_LINK_CREATE`, with the part for uprobe_multi.
 #[repr(C)]
@@ -107,161 +58,8 @@ struct LinkCreate {
 
 const _: () = assert!(size_of::<LinkCreate>() == 64);
 
-const BPF_PROG_LOAD: u32 = 5;
 const BPF_LINK_CREATE: u32 = 28;
-const BPF_PROG_TYPE_KPROBE: u32 = 2;
 const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
-/// The kernel's own limit of a log (`kernel/bpf/verifier.c`) is far above.
-const LOG_BYTES: usize = 1 << 20;
-
-/// bpf(2) with a command that makes a file descriptor.
-fn bpf<T>(command: u32, attr: &T) -> io::Result<OwnedFd> {
-    // SAFETY: `attr` is as long as said, and the kernel reads it only; what it
-    // points to is alive in the callers, who borrow it.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            size_of::<T>(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// An address for the kernel.
-fn address<T>(pointer: *const T) -> u64 {
-    pointer.addr() as u64
-}
-
-/// A length for the kernel.
-fn length(len: usize) -> io::Result<u32> {
-    u32::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))
-}
-
-/// The object's programs, ready to be loaded.
-#[derive(Debug)]
-pub struct Object(aya_obj::Object);
-
-impl Object {
-    /// Reads the object and points its programs at the maps of `ebpf`, which was
-    /// loaded from it and still holds them all.
-    ///
-    /// # Errors
-    ///
-    /// [`LoadError::Object`].
-    pub fn parse(data: &[u8], ebpf: &Ebpf) -> Result<Self, LoadError> {
-        let misfit = |error: &dyn std::fmt::Display| LoadError::Object(error.to_string());
-        let mut object = aya_obj::Object::parse(data).map_err(|error| misfit(&error))?;
-        let text_sections: HashSet<usize> = object
-            .functions
-            .keys()
-            .map(|(section, _)| *section)
-            .collect();
-        let maps: Vec<(String, RawFd, aya_obj::Map)> = object
-            .maps
-            .iter()
-            .map(|(name, map)| {
-                let fd = ebpf
-                    .map(name)
-                    .and_then(map_fd)
-                    .ok_or_else(|| LoadError::Object(format!("no map `{name}`")))?;
-                Ok((name.clone(), fd.as_raw_fd(), map.clone()))
-            })
-            .collect::<Result<_, LoadError>>()?;
-        object
-            .relocate_maps(
-                maps.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)),
-                &text_sections,
-            )
-            .map_err(|error| misfit(&error))?;
-        object
-            .relocate_calls(&text_sections)
-            .map_err(|error| misfit(&error))?;
-        Ok(Self(object))
-    }
-
-    /// Loads one of its programs.
-    ///
-    /// # Errors
-    ///
-    /// [`LoadError`].
-    pub fn load(&self, name: &str, attach_type: AttachType) -> Result<OwnedFd, LoadError> {
-        let absent = || LoadError::Object(format!("no program `{name}`"));
-        let program = self.0.programs.get(name).ok_or_else(absent)?;
-        let function = self
-            .0
-            .functions
-            .get(&program.function_key())
-            .ok_or_else(absent)?;
-        load(name, &function.instructions, &program.license, attach_type)
-    }
-}
-
-/// The descriptor of a map of one of the types in use.
-fn map_fd(map: &Map) -> Option<BorrowedFd<'_>> {
-    let data = match map {
-        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => data,
-        _ => return None,
-    };
-    Some(data.fd().as_fd())
-}
-
-fn load(
-    name: &str,
-    instructions: &[bpf_insn],
-    license: &CStr,
-    attach_type: AttachType,
-) -> Result<OwnedFd, LoadError> {
-    let refused = |source| LoadError::Refused {
-        log: String::new(),
-        source,
-    };
-    let mut prog_name = [0; 16];
-    for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
-        *to = from;
-    }
-    let mut attr = ProgLoad {
-        prog_type: BPF_PROG_TYPE_KPROBE,
-        insn_cnt: length(instructions.len()).map_err(refused)?,
-        insns: address(instructions.as_ptr()),
-        license: address(license.as_ptr()),
-        prog_name,
-        expected_attach_type: attach_type as u32,
-        ..ProgLoad::default()
-    };
-    let error = match bpf(BPF_PROG_LOAD, &attr) {
-        Ok(fd) => return Ok(fd),
-        Err(error) => error,
-    };
-    // Once more, for the verifier's reasons.
-    let mut log = vec![0_u8; LOG_BYTES];
-    attr.log_level = 1;
-    attr.log_size = length(log.len()).map_err(refused)?;
-    attr.log_buf = address(log.as_mut_ptr());
-    match bpf(BPF_PROG_LOAD, &attr) {
-        // The first time it was short of something, memory perhaps.
-        Ok(fd) => Ok(fd),
-        Err(_) => {
-            let end = log.iter().position(|&byte| byte == 0).unwrap_or(0);
-            let words = String::from_utf8_lossy(log.get(..end).unwrap_or_default()).into_owned();
-            Err(LoadError::Refused {
-                log: if words.is_empty() {
-                    words
-                } else {
-                    format!("\n{words}")
-                },
-                source: error,
-            })
-        }
-    }
-}
-
 /// Loads a program that does nothing, and lets returns be probed in a session.
 ///
 /// # Errors
@@ -276,7 +74,7 @@ pub fn load_empty(attach_type: AttachType) -> Result<OwnedFd, LoadError> {
         off: 0,
         imm: 0,
     });
-    load("memprof_empty", &program, c"GPL", attach_type)
+    load("memprof_empty", &program, c"GPL", attach_type, None)
 }
 
 /// Attaches a program to places in a file, for the process `pid` alone. The link

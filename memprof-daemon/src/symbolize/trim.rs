@@ -9,6 +9,8 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use memprof_common::unwind::walk::StackEnd;
+
 use crate::{
     ledger::{StackCounters, StackSnapshot, StackTrace},
     process::mapping::MappingLookup,
@@ -31,6 +33,11 @@ pub fn trim(stacks: Vec<StackSnapshot>, mappings: &impl MappingLookup) -> Trimme
     let mut broken_samples = 0;
     let mut sums: HashMap<Arc<StackTrace>, StackCounters> = HashMap::with_capacity(stacks.len());
     for stack in stacks {
+        // A walk by tables ends by itself where no code is.
+        let is_doubtful = matches!(
+            stack.trace.end,
+            StackEnd::Unverified | StackEnd::UnknownMapping | StackEnd::Truncated
+        );
         let frames = &stack.trace.frames;
         let good = frames
             .iter()
@@ -39,11 +46,12 @@ pub fn trim(stacks: Vec<StackSnapshot>, mappings: &impl MappingLookup) -> Trimme
             .count()
             + 1;
         let trace = match frames.get(..good) {
-            Some(kept) if good < frames.len() => {
+            Some(kept) if is_doubtful && good < frames.len() => {
                 broken_samples += stack.counters.samples;
                 Arc::new(StackTrace {
                     frames: kept.to_vec(),
-                    truncated: true,
+                    end: StackEnd::BrokenChain,
+                    by_frame_pointer: stack.trace.by_frame_pointer,
                 })
             }
             _ => stack.trace,
@@ -88,7 +96,8 @@ mod tests {
         StackSnapshot {
             trace: Arc::new(StackTrace {
                 frames: frames.iter().map(|&f| FrameAddress(AbsAddr(f))).collect(),
-                truncated: false,
+                end: StackEnd::Unverified,
+                by_frame_pointer: false,
             }),
             counters: StackCounters {
                 alloc_objects: samples as f64,
@@ -105,7 +114,11 @@ mod tests {
             .iter()
             .map(|stack| {
                 let frames = stack.trace.frames.iter().map(|f| f.0.0).collect();
-                (frames, stack.trace.truncated, stack.counters.samples)
+                (
+                    frames,
+                    stack.trace.end == StackEnd::BrokenChain,
+                    stack.counters.samples,
+                )
             })
             .collect();
         shape.sort();

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
-use memprof_common::{config::TargetConfig, function::Function, limits::MAX_TARGETS};
+use memprof_common::{
+    config::TargetConfig, function::Function, limits::MAX_TARGETS, unwind::table::MappingList,
+};
 use tracing::{info, warn};
 
 use super::{Command, Tracer, random_seed};
@@ -67,12 +69,15 @@ impl Tracer {
         target.jobs = target.jobs.saturating_sub(1);
         let image = ImageId { pid, epoch: 0 };
         let pending = std::mem::take(&mut target.pending_mappings);
+        target.tables.extend(scan.tables);
         target
             .images
             .push(Image::new(image, scan.info, scan.mappings, [0; _]));
         for event in pending {
             self.map_file(&event);
         }
+        self.compile_missing(pid);
+        self.publish_mappings(pid);
         self.refresh_memory();
         let myself = self.myself.clone();
         tokio::spawn(async move {
@@ -163,10 +168,16 @@ impl Tracer {
     }
 
     /// Fills the target's slot, before the first probe of it can be hit.
-    fn tell_bpf(&mut self, pid: u32) -> Result<(), TargetError> {
+    pub(super) fn tell_bpf(&mut self, pid: u32) -> Result<(), TargetError> {
         let Some(target) = self.targets.get(&pid) else {
             return Ok(());
         };
+        let (mappings, mappings_epoch) = target
+            .list
+            .as_ref()
+            .map_or((MappingList::default(), 0), |(_, list, epoch)| {
+                (*list, *epoch)
+            });
         let config = TargetConfig {
             pid,
             stack_depth: self.options.stack_depth,
@@ -174,6 +185,9 @@ impl Tracer {
             stack_seed: self.stack_seed,
             sample_seed: target.sample_seed,
             malloc_nests: u32::from(target.malloc_files.len() > 1),
+            unwind: self.options.unwind as u32,
+            mappings: mappings.0,
+            mappings_epoch,
             reserved: 0,
         };
         let slot = u32::from(target.slot);

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use memprof_common::{
     counters::DropReason,
     stack::{StackKey, StackRecord},
+    unwind::walk::{END_BY_FRAME_POINTER, StackEnd},
 };
 use tracing::{debug, warn};
 
@@ -51,6 +52,7 @@ impl Tracer {
                     self.probe_again(image.pid);
                 }
             }
+            Sample::UnknownCode { image, address } => self.meet_unknown_code(*image, *address),
         }
     }
 
@@ -67,6 +69,7 @@ impl Tracer {
         for sample in &samples {
             self.apply(sample);
         }
+        self.write_stack_copies();
         samples
             .iter()
             .any(|sample| matches!(sample, Sample::Alloc(_)))
@@ -201,6 +204,7 @@ fn trace(record: &StackRecord) -> StackTrace {
             .take(record.depth as usize)
             .map(|&address| FrameAddress(AbsAddr(address)))
             .collect(),
-        truncated: record.truncated != 0,
+        end: StackEnd::from_code(record.end).unwrap_or(StackEnd::Unverified),
+        by_frame_pointer: record.end & END_BY_FRAME_POINTER != 0,
     }
 }

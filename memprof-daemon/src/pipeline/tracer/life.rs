@@ -1,5 +1,7 @@
 //! Targets after they are traced: new mappings, exec, exit.
 
+use std::collections::BTreeSet;
+
 use tracing::{debug, info, warn};
 
 use super::{Command, Tracer, attaching::Found};
@@ -29,12 +31,20 @@ impl Tracer {
         });
         // Each CPU has a buffer of its own; the newest mapping of an address wins.
         events.sort_by_key(|event| event.timestamp_ns);
+        let mut changed = BTreeSet::new();
         for event in events {
             match self.targets.get_mut(&event.pid) {
                 Some(target) if target.images.is_empty() => target.pending_mappings.push(event),
-                Some(_) => self.map_file(&event),
+                Some(_) => {
+                    self.map_file(&event);
+                    changed.insert(event.pid);
+                }
                 None => {}
             }
+        }
+        for pid in changed {
+            self.compile_missing(pid);
+            self.publish_mappings(pid);
         }
         let lost = self.mmap_events.lost();
         if lost != self.mmap_lost_seen {
@@ -88,7 +98,7 @@ impl Tracer {
         }
     }
 
-    fn spawn_rescan(&self, image: ImageId) {
+    pub(super) fn spawn_rescan(&self, image: ImageId) {
         let scanner = self.scanner.clone();
         self.spawn_job(move || Command::Rescanned {
             image,
@@ -120,6 +130,9 @@ impl Tracer {
             for mapping in scan.mappings.iter() {
                 current.mappings.insert(mapping.as_ref().clone());
             }
+            target.tables.extend(scan.tables);
+            self.compile_missing(image.pid);
+            self.publish_mappings(image.pid);
         }
         self.found_late(image.pid, scan.modules);
     }
@@ -179,6 +192,7 @@ impl Tracer {
         target.jobs += 1;
         self.replaced.push(old);
         self.spawn_rescan(image);
+        self.publish_mappings(image.pid);
     }
 
     /// Has the probes of a process attached anew: the kernel binds them to the
@@ -253,6 +267,9 @@ impl Tracer {
             return;
         };
         target.state = State::Ended;
+        // BPF walks no stack of it any more.
+        target.list = None;
+        target.tables.clear();
         let Some(image) = target.images.last_mut() else {
             return;
         };

@@ -10,19 +10,21 @@ mod attaching;
 mod booking;
 mod config;
 mod life;
+mod mappings;
 mod reporting;
 mod totals;
 
 use std::{
     collections::BTreeMap,
     io,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
 use memprof_common::{
-    config::TargetConfig,
+    config::{TargetConfig, Unwind},
     counters::{COUNTERS, TargetCounters},
     stack::{StackKey, StackRecord},
     totals::TargetTotals,
@@ -39,7 +41,9 @@ use super::{
     capture::Capture,
     prober::ProberHandle,
     scan::{Scan, Scanner},
+    stack_copies::StackCopies,
     stats::{ProcessSummary, Stats},
+    tables::{FileTable, TableStore},
     target::{AttachReply, Attached, Target, TargetError},
 };
 use crate::{
@@ -49,7 +53,7 @@ use crate::{
     probe::{
         attach::AttachError,
         live_map::LiveMap,
-        loader::{self, LoadError, Sizes},
+        loader::{self, LoadError, LoadOptions, Sizes},
         mode::{ModeChoice, ProbeMode},
     },
     ring::{
@@ -61,7 +65,7 @@ use crate::{
 };
 
 /// What a tracer is started with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TracerOptions {
     /// Mean sampling gap; 1 takes every allocation, 0 none.
     pub sample_interval_bytes: u64,
@@ -71,6 +75,10 @@ pub struct TracerOptions {
     pub sizes: Sizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
+    /// How to walk stacks.
+    pub unwind: Unwind,
+    /// Where to write what each walk saw, for tests of the unwinder.
+    pub stack_copies: Option<PathBuf>,
     /// Pass on the diagnostics of the BPF side.
     pub bpf_log: bool,
 }
@@ -115,6 +123,11 @@ pub(super) enum Command {
     },
     Exited {
         pid: u32,
+    },
+    Compiled {
+        pid: u32,
+        file: (u64, u64),
+        table: FileTable,
     },
     Capture {
         pid: Option<u32>,
@@ -274,6 +287,8 @@ pub struct Tracer {
     unconfirmed_totals: Vec<ImageId>,
     prober: ProberHandle,
     scanner: Arc<Scanner>,
+    tables: Arc<TableStore>,
+    stack_copies: Option<StackCopies>,
     log: Option<LogReader>,
     /// For jobs to answer to.
     myself: mpsc::WeakSender<Command>,
@@ -295,15 +310,26 @@ impl Tracer {
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
     pub fn start(options: TracerOptions) -> Result<TracerHandle, StartError> {
-        let loaded = loader::load(options.sizes, options.probe_mode, options.bpf_log)?;
+        let stack_copies = options.stack_copies.as_deref();
+        let loaded = loader::load(&LoadOptions {
+            sizes: options.sizes,
+            mode: options.probe_mode,
+            bpf_log: options.bpf_log,
+            copy_stacks: stack_copies.is_some(),
+        })?;
+        let stack_copies = stack_copies
+            .zip(loaded.maps.stack_copies)
+            .map(|(path, ring)| StackCopies::create(path, ring))
+            .transpose()?;
+        let tables = Arc::new(TableStore::new(loaded.maps.arena));
         let mmap_events = MmapEvents::open()?;
         let (sender, commands) = mpsc::channel(QUEUE);
         let (live, live_receiver) = watch::channel(0);
         let log = loaded.log.map(LogReader::new).transpose()?;
         let tracer = Self {
-            options,
             coarsest_interval_bytes: options.sample_interval_bytes,
             ring: EventRing::new(loaded.maps.events, options.sizes.ring_bytes)?,
+            options,
             target_map: loaded.maps.targets,
             slot_map: loaded.maps.slots,
             counter_map: loaded.maps.counters,
@@ -321,7 +347,9 @@ impl Tracer {
             probe_mode: loaded.prober.mode(),
             unconfirmed_totals: Vec::new(),
             prober: ProberHandle::spawn(loaded.prober)?,
-            scanner: Arc::new(Scanner::default()),
+            scanner: Arc::new(Scanner::new(Arc::clone(&tables))),
+            tables,
+            stack_copies,
             log,
             myself: sender.downgrade(),
             commands,
@@ -382,6 +410,7 @@ impl Tracer {
                 self.apply(&sample);
             }
             self.close_replaced();
+            self.write_stack_copies();
         }
     }
 
@@ -398,6 +427,7 @@ impl Tracer {
                 }
             }
             Command::Exited { pid } => self.exited(pid),
+            Command::Compiled { pid, file, table } => self.compiled(pid, file, table),
             Command::Capture { pid, reply } => {
                 let capture = self.capture(pid);
                 let _ = reply.send(capture);
@@ -429,6 +459,16 @@ impl Tracer {
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory();
+        }
+    }
+
+    /// Writes what walks saw since the last time.
+    pub(super) fn write_stack_copies(&mut self) {
+        if let Some(copies) = &mut self.stack_copies
+            && let Err(error) = copies.write()
+        {
+            error!(%error, "cannot write copies of stacks");
+            self.stack_copies = None;
         }
     }
 

@@ -99,6 +99,8 @@ impl Tracer {
             undecodable_events: self.undecodable_events,
             lost_mapping_events: self.mmap_events.lost(),
             missing_stacks: self.missing_stacks,
+            unwind: self.options.unwind.name(),
+            unwind_table_bytes: self.tables.bytes(),
             processes: self
                 .targets
                 .iter()

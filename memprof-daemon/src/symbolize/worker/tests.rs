@@ -12,7 +12,8 @@ fn stack(addresses: &[u64]) -> Arc<StackTrace> {
             .iter()
             .map(|&address| FrameAddress(AbsAddr(address)))
             .collect(),
-        truncated: false,
+        end: memprof_common::unwind::walk::StackEnd::Complete,
+        by_frame_pointer: false,
     })
 }
 

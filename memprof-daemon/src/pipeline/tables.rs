@@ -1,0 +1,315 @@
+//! Unwind tables that BPF has, each once however many processes map its file.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use memprof_common::unwind::table::{MappingEntry, MappingKind};
+use tracing::{debug, warn};
+
+use crate::{
+    address::VirtOffset,
+    probe::arena::{Arena, ArenaError, Words},
+    process::{
+        elf::{ElfLayout, Segment},
+        mapping::{MappedFile, Mapping},
+        maps::read_maps,
+    },
+    unwind::{self, Table},
+};
+
+/// What is known of how a file's code is unwound.
+#[derive(Clone, Debug)]
+pub(super) enum FileTable {
+    /// BPF has its table.
+    Loaded(Arc<LoadedTable>),
+    /// It has no unwind information that could be used, or there is no room.
+    Missing,
+}
+
+/// A table in the arena. Dropping it takes it out.
+#[derive(Debug)]
+pub(super) struct LoadedTable {
+    arena: Arc<Mutex<Arena>>,
+    words: Words,
+    wide: u32,
+    pages: u32,
+    page_count: u32,
+    origin: VirtOffset,
+    segments: Vec<Segment>,
+}
+
+impl Drop for LoadedTable {
+    fn drop(&mut self) {
+        lock(&self.arena).give_back(self.words);
+    }
+}
+
+/// What makes files one to us: a build id names the content, and with the size it
+/// cannot be mistaken by accident.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Content {
+    BuildId(Vec<u8>, u64),
+    /// Device, inode, size, and time of change.
+    File(u64, u64, u64, i64, i64),
+}
+
+impl Content {
+    fn of(file: &MappedFile, open: &File) -> Option<Self> {
+        let metadata = open.metadata().ok()?;
+        Some(match &file.build_id {
+            Some(id) if !id.is_empty() => Self::BuildId(id.clone(), metadata.len()),
+            _ => Self::File(
+                metadata.dev(),
+                metadata.ino(),
+                metadata.len(),
+                metadata.ctime(),
+                metadata.ctime_nsec(),
+            ),
+        })
+    }
+}
+
+/// One content: locked while it is compiled, so that it is compiled once.
+type Entry = Arc<Mutex<Known>>;
+
+#[derive(Debug, Default)]
+enum Known {
+    #[default]
+    Nothing,
+    Loaded(Weak<LoadedTable>),
+    Missing,
+}
+
+/// Compiles tables and hands them to BPF.
+#[derive(Debug)]
+pub(super) struct TableStore {
+    arena: Arc<Mutex<Arena>>,
+    known: Mutex<HashMap<Content, Entry>>,
+    vdso: Mutex<Option<FileTable>>,
+}
+
+/// Entries that are kept at least before those without a table are forgotten.
+const KEEP: usize = 1024;
+
+impl TableStore {
+    pub(super) fn new(arena: Arena) -> Self {
+        Self {
+            arena: Arc::new(Mutex::new(arena)),
+            known: Mutex::new(HashMap::new()),
+            vdso: Mutex::new(None),
+        }
+    }
+
+    /// The table of a file, compiled and loaded if nobody has it. Takes up to a second
+    /// for the largest.
+    pub(super) fn of(&self, file: &MappedFile) -> FileTable {
+        let Some(open) = &file.file else {
+            return FileTable::Missing;
+        };
+        let Some(content) = Content::of(file, open) else {
+            return FileTable::Missing;
+        };
+        let entry = self.entry(content);
+        let mut known = lock(&entry);
+        match &*known {
+            Known::Missing => return FileTable::Missing,
+            Known::Loaded(table) => {
+                if let Some(table) = table.upgrade() {
+                    return FileTable::Loaded(table);
+                }
+            }
+            Known::Nothing => {}
+        }
+        let path = file.path.display();
+        let compiled = unwind::compile(open).and_then(|table| {
+            let layout = ElfLayout::read(open)?;
+            Ok((table, layout.segments))
+        });
+        let (table, segments) = match compiled {
+            Ok(compiled) => compiled,
+            Err(error) => {
+                debug!(%path, %error, "no unwind table");
+                *known = Known::Missing;
+                return FileTable::Missing;
+            }
+        };
+        match self.load(&table, segments) {
+            Ok(table) => {
+                *known = Known::Loaded(Arc::downgrade(&table));
+                FileTable::Loaded(table)
+            }
+            // There may be room later.
+            Err(error) => {
+                warn!(%path, %error, "stacks through this file will be cut");
+                FileTable::Missing
+            }
+        }
+    }
+
+    /// The table of the code that the kernel maps into every process.
+    pub(super) fn vdso(&self) -> FileTable {
+        let mut vdso = lock(&self.vdso);
+        if let Some(table) = &*vdso {
+            return table.clone();
+        }
+        let table = match self.load_vdso() {
+            Ok(table) => FileTable::Loaded(table),
+            Err(error) => {
+                debug!(error, "no unwind table of the vDSO");
+                FileTable::Missing
+            }
+        };
+        vdso.insert(table).clone()
+    }
+
+    /// Every process has the same, memprof too.
+    fn load_vdso(&self) -> Result<Arc<LoadedTable>, String> {
+        let words = |error: &dyn std::fmt::Display| error.to_string();
+        let maps = read_maps(std::process::id()).map_err(|error| words(&error))?;
+        let vdso = maps
+            .iter()
+            .find(|entry| entry.path.as_os_str() == "[vdso]")
+            .ok_or("this kernel maps none")?;
+        let length = vdso.end.0.saturating_sub(vdso.start.0).min(1 << 20);
+        let mut image = vec![0; usize::try_from(length).unwrap_or(0)];
+        File::open("/proc/self/mem")
+            .and_then(|memory| memory.read_exact_at(&mut image, vdso.start.0))
+            .map_err(|error| words(&error))?;
+        let table = unwind::compile_image(&image).map_err(|error| words(&error))?;
+        // Its only segment begins at its first byte (arch/x86/entry/vdso/vdso-layout.lds.S).
+        let segment = Segment {
+            file_offset: crate::address::FileOffset(0),
+            address: VirtOffset(0),
+            file_size: length,
+            executable: true,
+        };
+        self.load(&table, vec![segment])
+            .map_err(|error| words(&error))
+    }
+
+    fn entry(&self, content: Content) -> Entry {
+        let mut known = lock(&self.known);
+        if known.len() >= KEEP && known.len() == known.capacity() {
+            known.retain(|_, entry| {
+                Arc::strong_count(entry) > 1
+                    || matches!(&*lock(entry), Known::Loaded(table) if table.strong_count() > 0)
+            });
+        }
+        Arc::clone(known.entry(content).or_default())
+    }
+
+    fn load(&self, table: &Table, segments: Vec<Segment>) -> Result<Arc<LoadedTable>, ArenaError> {
+        let all = [&table.rows[..], &table.wide[..], &table.pages[..]].concat();
+        let words = lock(&self.arena).store(&all)?;
+        // They fit, or `store` would have failed.
+        let wide = words.first + table.rows.len() as u32;
+        let pages = wide + table.wide.len() as u32;
+        Ok(Arc::new(LoadedTable {
+            arena: Arc::clone(&self.arena),
+            words,
+            wide,
+            pages,
+            page_count: table.pages.len() as u32,
+            origin: table.origin,
+            segments,
+        }))
+    }
+
+    /// Hands a list of mappings to BPF.
+    pub(super) fn store_list(&self, entries: &[MappingEntry]) -> Result<LoadedList, ArenaError> {
+        let words: Vec<u64> = entries.iter().flat_map(|entry| entry.to_words()).collect();
+        let words = lock(&self.arena).store(&words)?;
+        Ok(LoadedList {
+            arena: Arc::clone(&self.arena),
+            words,
+        })
+    }
+
+    /// Bytes of kernel memory that tables and lists take.
+    pub(super) fn bytes(&self) -> u64 {
+        lock(&self.arena).bytes()
+    }
+}
+
+/// A list of mappings in the arena. Dropping it takes it out.
+#[derive(Debug)]
+pub(super) struct LoadedList {
+    arena: Arc<Mutex<Arena>>,
+    words: Words,
+}
+
+impl LoadedList {
+    /// Where it begins.
+    pub(super) const fn first(&self) -> u32 {
+        self.words.first
+    }
+}
+
+impl Drop for LoadedList {
+    fn drop(&mut self) {
+        lock(&self.arena).give_back(self.words);
+    }
+}
+
+/// What BPF is told of a mapping.
+pub(super) fn mapping_entry(mapping: &Mapping, table: Option<&FileTable>) -> MappingEntry {
+    let mut entry = MappingEntry {
+        start: mapping.start.0,
+        end: mapping.end.0,
+        bias: 0,
+        rows: 0,
+        wide: 0,
+        pages: 0,
+        page_count: 0,
+        kind: MappingKind::FramePointers as u32,
+    };
+    match (table, mapping.name.as_str()) {
+        (_, "[uprobes]") => entry.kind = MappingKind::ReturnProbe as u32,
+        (Some(FileTable::Loaded(table)), _) => {
+            if let Some(address) = virtual_address(&table.segments, mapping.file_offset.0) {
+                entry.kind = MappingKind::Table as u32;
+                entry.bias = mapping
+                    .start
+                    .0
+                    .wrapping_sub(address)
+                    .wrapping_add(table.origin.0);
+                entry.rows = table.words.first;
+                entry.wide = table.wide;
+                entry.pages = table.pages;
+                entry.page_count = table.page_count;
+            }
+        }
+        (None, _) if mapping.file.is_some() => entry.kind = MappingKind::Pending as u32,
+        _ => {}
+    }
+    entry
+}
+
+/// Where the file wants the byte at `file_offset` to be. Mappings begin at a page's
+/// start, which can be before that of the segment.
+fn virtual_address(segments: &[Segment], file_offset: u64) -> Option<u64> {
+    const PAGE: u64 = 4096;
+    segments
+        .iter()
+        .filter(|segment| segment.executable)
+        .find(|segment| {
+            let first = segment.file_offset.0;
+            first & !(PAGE - 1) <= file_offset
+                && file_offset < first.saturating_add(segment.file_size)
+        })
+        .map(|segment| {
+            segment
+                .address
+                .0
+                .wrapping_sub(segment.file_offset.0)
+                .wrapping_add(file_offset)
+        })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

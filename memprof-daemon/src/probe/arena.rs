@@ -1,0 +1,304 @@
+//! The words that unwind tables lie in, as BPF sees them: slabs, each a BPF array that
+//! is mapped here (`BPF_F_MMAPABLE`, Linux 5.5), in an array of maps.
+//!
+//! A walk that is under way may still read what is given back here. So words that were
+//! given back rest for a while; before they are used again, a counter that each walk
+//! reads at its beginning and its end is raised, and a walk that sees it change says
+//! that it cannot be trusted.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use aya::maps::{Array, ArrayOfMaps, MapData, MapError};
+use aya_obj::generated::bpf_map_type;
+use memprof_common::unwind::table::{MAX_SLABS, SLAB_WORDS};
+use thiserror::Error;
+
+use super::syscall::bpf;
+
+/// How long words rest: walks take microseconds, unless the task is preempted.
+const REST: Duration = Duration::from_secs(1);
+
+/// `include/uapi/linux/bpf.h`.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// Why there is no room.
+#[derive(Debug, Error)]
+pub enum ArenaError {
+    /// As many slabs as there can be are in use.
+    #[error("unwind tables take more than {} MiB", u64::from(MAX_SLABS) * (u64::from(SLAB_WORDS) * 8 / (1 << 20)))]
+    Full,
+    /// The kernel gave no memory.
+    #[error("cannot make room for unwind tables")]
+    Map(#[from] MapError),
+}
+
+/// Words in use, from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Words {
+    /// The first.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// Gives out words and takes them back.
+pub struct Arena {
+    slabs_map: ArrayOfMaps<MapData>,
+    reuses_map: Array<MapData, u64>,
+    slabs: Vec<Slab>,
+    /// Free words: first to count. No two touch.
+    free: BTreeMap<u32, u32>,
+    /// Given back, the oldest first.
+    resting: Vec<(Instant, Words)>,
+    reuses: u64,
+}
+
+impl Arena {
+    /// An arena without a word. It grows as it is used.
+    #[must_use]
+    pub fn new(slabs_map: ArrayOfMaps<MapData>, reuses_map: Array<MapData, u64>) -> Self {
+        Self {
+            slabs_map,
+            reuses_map,
+            slabs: Vec::new(),
+            free: BTreeMap::new(),
+            resting: Vec::new(),
+            reuses: 0,
+        }
+    }
+
+    /// Room for `words`, filled with them.
+    ///
+    /// # Errors
+    ///
+    /// [`ArenaError`]; nothing is taken then.
+    pub fn store(&mut self, words: &[u64]) -> Result<Words, ArenaError> {
+        let count = u32::try_from(words.len()).map_err(|_| ArenaError::Full)?;
+        let taken = self.take(count)?;
+        self.fill(taken.first, words);
+        Ok(taken)
+    }
+
+    /// Gives words back. Nothing that BPF is told of may lead to them any more.
+    pub fn give_back(&mut self, words: Words) {
+        if words.count > 0 {
+            self.resting.push((Instant::now(), words));
+        }
+    }
+
+    /// Bytes that the arena takes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.slabs.len() as u64 * u64::from(SLAB_WORDS) * 8
+    }
+
+    fn take(&mut self, count: u32) -> Result<Words, ArenaError> {
+        if count == 0 {
+            return Ok(Words { first: 0, count });
+        }
+        if let Some(words) = self.take_free(count) {
+            return Ok(words);
+        }
+        self.wake()?;
+        loop {
+            if let Some(words) = self.take_free(count) {
+                return Ok(words);
+            }
+            self.grow()?;
+        }
+    }
+
+    /// The first free words that are enough.
+    fn take_free(&mut self, count: u32) -> Option<Words> {
+        let (&first, &free) = self.free.iter().find(|&(_, &free)| free >= count)?;
+        self.free.remove(&first);
+        if free > count {
+            self.free.insert(first + count, free - count);
+        }
+        Some(Words { first, count })
+    }
+
+    /// What has rested long enough is free again.
+    fn wake(&mut self) -> Result<(), MapError> {
+        let rested = self
+            .resting
+            .iter()
+            .take_while(|(since, _)| since.elapsed() >= REST)
+            .count();
+        if rested == 0 {
+            return Ok(());
+        }
+        self.reuses = self.reuses.wrapping_add(1);
+        self.reuses_map.set(0, self.reuses, 0)?;
+        let rested: Vec<_> = self.resting.drain(..rested).collect();
+        for (_, words) in rested {
+            self.add_free(words.first, words.count);
+        }
+        Ok(())
+    }
+
+    fn add_free(&mut self, mut first: u32, mut count: u32) {
+        if let Some((&before, &length)) = self.free.range(..first).next_back()
+            && before + length == first
+        {
+            self.free.remove(&before);
+            first = before;
+            count += length;
+        }
+        if let Some(behind) = self.free.remove(&(first + count)) {
+            count += behind;
+        }
+        self.free.insert(first, count);
+    }
+
+    fn grow(&mut self) -> Result<(), ArenaError> {
+        let index = u32::try_from(self.slabs.len()).map_err(|_| ArenaError::Full)?;
+        if index >= MAX_SLABS {
+            return Err(ArenaError::Full);
+        }
+        let map = create_slab()?;
+        let slab = Slab::map(&map)?;
+        // The outer map holds the slab from now on; so does the mapping.
+        self.slabs_map.set(index, &map, 0)?;
+        self.slabs.push(slab);
+        self.add_free(index * SLAB_WORDS, SLAB_WORDS);
+        Ok(())
+    }
+
+    fn fill(&self, first: u32, words: &[u64]) {
+        let mut place = first;
+        let mut left = words;
+        while !left.is_empty() {
+            let within = (place % SLAB_WORDS) as usize;
+            let count = left.len().min(SLAB_WORDS as usize - within);
+            let (now, later) = left.split_at(count);
+            if let Some(slab) = self.slabs.get((place / SLAB_WORDS) as usize) {
+                slab.fill(within, now);
+            }
+            place = place.saturating_add(count as u32);
+            left = later;
+        }
+    }
+}
+
+/// `union bpf_attr` of `BPF_MAP_CREATE`.
+#[repr(C)]
+#[derive(Default)]
+struct MapCreate {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+}
+
+const BPF_MAP_CREATE: u32 = 0;
+
+fn create_slab() -> Result<MapData, MapError> {
+    create(&MapCreate {
+        map_type: bpf_map_type::BPF_MAP_TYPE_ARRAY as u32,
+        key_size: size_of::<u32>() as u32,
+        value_size: size_of::<u64>() as u32,
+        max_entries: SLAB_WORDS,
+        map_flags: BPF_F_MMAPABLE,
+        ..MapCreate::default()
+    })
+}
+
+/// Makes the array of slabs, without one. The kernel is shown a slab, since all have
+/// to be of the same kind (kernel/bpf/map_in_map.c, `bpf_map_meta_alloc`).
+///
+/// # Errors
+///
+/// The kernel's answer.
+pub(super) fn create_slabs() -> Result<MapData, MapError> {
+    let example = create_slab()?;
+    create(&MapCreate {
+        map_type: bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS as u32,
+        key_size: size_of::<u32>() as u32,
+        value_size: size_of::<u32>() as u32,
+        max_entries: MAX_SLABS,
+        inner_map_fd: example.fd().as_fd().as_raw_fd().cast_unsigned(),
+        ..MapCreate::default()
+    })
+}
+
+fn create(attr: &MapCreate) -> Result<MapData, MapError> {
+    MapData::from_fd(bpf(BPF_MAP_CREATE, attr)?)
+}
+
+/// A mapped slab.
+#[derive(Debug)]
+struct Slab {
+    words: NonNull<AtomicU64>,
+}
+
+const SLAB_BYTES: usize = SLAB_WORDS as usize * 8;
+
+// SAFETY: the mapping belongs to the process, not to a thread, and what is in it is
+// only accessed atomically.
+unsafe impl Send for Slab {}
+
+impl Slab {
+    fn map(map: &MapData) -> Result<Self, MapError> {
+        // SAFETY: a new mapping at a place of the kernel's choice touches no memory in
+        // use; it stays when the descriptor is closed.
+        let words = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                SLAB_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.fd().as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if words == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().into());
+        }
+        let words = NonNull::new(words.cast())
+            .ok_or_else(|| io::Error::other("mmap gave a null pointer"))?;
+        Ok(Self { words })
+    }
+
+    /// Writes words from the place `at` on; those beyond the slab are left out.
+    fn fill(&self, at: usize, words: &[u64]) {
+        let room = (SLAB_WORDS as usize).saturating_sub(at);
+        for (place, &word) in (at..).zip(words.iter().take(room)) {
+            // SAFETY: the place is within the mapping, which lives as long as `self`
+            // and is page-aligned.
+            let to = unsafe { self.words.add(place).as_ref() };
+            to.store(word, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and nobody has a reference any
+        // more.
+        unsafe { libc::munmap(self.words.as_ptr().cast(), SLAB_BYTES) };
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arena")
+            .field("slabs", &self.slabs.len())
+            .field("free", &self.free)
+            .field("resting", &self.resting)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[path = "arena_tests.rs"]
+mod tests;

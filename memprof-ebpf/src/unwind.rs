@@ -1,0 +1,166 @@
+//! Walks the stack by the tables in the arena.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    helpers::{
+        bpf_probe_read_user,
+        generated::{bpf_loop, bpf_map_lookup_elem},
+    },
+    programs::RetProbeContext,
+};
+use memprof_common::{
+    config::Unwind,
+    limits::MAX_STACK_DEPTH,
+    stack::{StackHasher, StackKey, StackRecord},
+    unwind::{
+        table::{MappingList, SLAB_SHIFT, SLAB_WORDS},
+        walk::{END_MASK, Memory, StackEnd, Walk},
+    },
+};
+
+use crate::{
+    emit,
+    hit::Hit,
+    maps::{ARENA, ARENA_REUSES},
+};
+
+/// The arena, and the memory of the task that runs.
+struct Current;
+
+impl Memory for Current {
+    #[inline(always)]
+    fn word(&self, place: u32) -> Option<u64> {
+        let slab = ARENA.get_ptr_mut(place >> SLAB_SHIFT)?;
+        let key = place & (SLAB_WORDS - 1);
+        // SAFETY: what the array of maps holds is a map, of this key and value.
+        unsafe {
+            let word = bpf_map_lookup_elem(slab.cast(), (&raw const key).cast()).cast::<u64>();
+            if word.is_null() { None } else { Some(*word) }
+        }
+    }
+
+    #[inline(always)]
+    fn pair(&self, address: u64) -> Option<[u64; 2]> {
+        // SAFETY: reads the target's memory, and says so if that fails.
+        unsafe { bpf_probe_read_user(address as *const [u64; 2]) }.ok()
+    }
+
+    #[inline(always)]
+    fn single(&self, address: u64) -> Option<u64> {
+        // SAFETY: as above.
+        unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+    }
+}
+
+/// Not 0 if the kernel has `bpf_loop` (Linux 5.17). A constant to the verifier.
+#[unsafe(no_mangle)]
+static HAS_LOOP: u8 = 0;
+
+/// Whether this kernel lets stacks be walked by tables.
+#[inline(always)]
+pub(crate) fn is_possible() -> bool {
+    // SAFETY: a valid static; volatile, since the loader changes it.
+    unsafe { (&raw const HAS_LOOP).read_volatile() != 0 }
+}
+
+/// A walk and the hash of its frames, in a map: what a loop keeps on its stack the
+/// verifier would follow from step to step.
+#[repr(C)]
+pub(crate) struct Walking {
+    walk: Walk,
+    hasher: StackHasher,
+}
+
+/// What each step of the loop is given.
+struct Steps {
+    walking: *mut Walking,
+    record: *mut StackRecord,
+    mappings: MappingList,
+    most: u32,
+    frame_pointers: u32,
+}
+
+/// Fills `record`, and returns its name.
+#[inline(always)]
+pub(crate) fn walk(
+    ctx: &RetProbeContext,
+    hit: &Hit,
+    walking: &mut Walking,
+    record: &mut StackRecord,
+) -> StackKey {
+    let target = hit.target;
+    // In this order: what the list leads to is in use when it is read, and stays as it
+    // is until the count changes.
+    let reuses = reuses();
+    // SAFETY: a map value. Volatile: the daemon changes it.
+    let (mappings, epoch) = unsafe {
+        (
+            (&raw const target.mappings).read_volatile(),
+            (&raw const target.mappings_epoch).read_volatile(),
+        )
+    };
+    let mappings = if epoch == hit.epoch { mappings } else { 0 };
+    // SAFETY: the context is valid for this program's run.
+    let (ip, sp, bp) = unsafe {
+        let regs = ctx.regs;
+        ((*regs).rip, (*regs).rsp, (*regs).rbp)
+    };
+    walking.walk.begin(ip, sp, bp);
+    walking.hasher = StackHasher::new(target.stack_seed);
+    let mut steps = Steps {
+        walking,
+        record,
+        mappings: MappingList(mappings),
+        most: target.stack_depth,
+        frame_pointers: u32::from(target.unwind == Unwind::Auto as u32),
+    };
+    // SAFETY: the callback takes what it is given here.
+    unsafe {
+        bpf_loop(
+            MAX_STACK_DEPTH as u32 + 1,
+            step as *mut c_void,
+            (&raw mut steps).cast(),
+            0,
+        )
+    };
+    // What was read may have been another table's by then.
+    if self::reuses() != reuses {
+        walking.walk.stopped = StackEnd::StaleTables as u32;
+    }
+    record.depth = walking.walk.depth;
+    record.end = walking.walk.end_code();
+    if record.end & END_MASK == StackEnd::UnknownMapping as u32 {
+        emit::unknown_code(hit, walking.walk.ip);
+    }
+    walking.hasher.finish(record.depth, record.end)
+}
+
+/// One frame; not 0 ends the loop.
+unsafe extern "C" fn step(_index: u32, steps: *mut Steps) -> u64 {
+    // SAFETY: `walk` gives what nobody else uses meanwhile.
+    let (steps, walking, record) = unsafe {
+        let steps = &*steps;
+        (steps, &mut *steps.walking, &mut *steps.record)
+    };
+    let walk = &mut walking.walk;
+    if !walk.frame(&Current, steps.mappings, steps.most) {
+        return 1;
+    }
+    let index = walk.depth as usize;
+    if index >= MAX_STACK_DEPTH {
+        return 1;
+    }
+    record.frames[index] = walk.ip;
+    walking.hasher.push(walk.ip);
+    u64::from(!walk.next(&Current, steps.mappings, steps.frame_pointers != 0))
+}
+
+#[inline(always)]
+fn reuses() -> u64 {
+    match ARENA_REUSES.get_ptr(0) {
+        // SAFETY: a map value. Volatile: the daemon changes it.
+        Some(reuses) => unsafe { reuses.read_volatile() },
+        None => 0,
+    }
+}
