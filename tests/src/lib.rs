@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod dir;
 pub mod http;
 pub mod memprof;
+pub mod oracle;
 pub mod pprof;
 pub mod profile;
 pub mod record;

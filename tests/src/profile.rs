@@ -132,6 +132,10 @@ pub struct Stack {
     pub samples: u64,
     /// There were more callers than frames.
     pub truncated: bool,
+    /// Why there are no more frames.
+    pub end: String,
+    /// Some frames were found by frame pointers.
+    pub by_frame_pointer: bool,
     /// Leaf first.
     pub frames: Vec<Frame>,
 }

@@ -77,6 +77,12 @@ pub fn freestanding(file: &str) -> Target {
     )
 }
 
+/// Builds `targets/<file>` with more flags for the compiler, which come last and win.
+#[must_use]
+pub fn target_with(file: &str, flags: &[&str]) -> Target {
+    build(file, flags)
+}
+
 /// Builds `targets/<file>` as a shared library.
 #[must_use]
 pub fn shared_library(file: &str) -> Target {
