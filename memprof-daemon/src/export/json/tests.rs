@@ -112,6 +112,8 @@ fn content() {
             "inuse_bytes_ci95": [2_524_589, 16_266_658],
             "samples": 8,
             "truncated": false,
+            "end": "complete",
+            "by_frame_pointer": false,
             "frames": [
                 {
                     "function": "xmalloc", "module": "/opt/leaky/app", "build_id": "ab01",
@@ -134,6 +136,7 @@ fn content() {
     assert_eq!(estimates["samples"], 1014);
     let unknown = &leaky["stacks"][1];
     assert_eq!(unknown["truncated"], true);
+    assert_eq!(unknown["end"], "no_unwind_info");
     assert_eq!(
         unknown["frames"],
         json!([
