@@ -81,10 +81,19 @@ KEEP static void generated(void) {
     memcpy(page, code, sizeof code);
     void (*call)(void (*)(void));
     memcpy(&call, &page, sizeof call);
+    /* As compilers at run time do for perf. */
+    char path[64];
+    snprintf(path, sizeof path, "/tmp/perf-%d.map", getpid());
+    FILE *map = fopen(path, "w");
+    if (map != NULL) {
+        fprintf(map, "%lx %zx made_at_run_time\n", (unsigned long)page, sizeof code);
+        fclose(map);
+    }
     /* The mapping is told of; its place in the tables takes a moment. */
-    usleep(300000);
+    usleep(1500000);
     call(leaf);
     __asm__ volatile("");
+    unlink(path);
 }
 
 /* No word about its frame, and rbp is no frame pointer. */

@@ -102,7 +102,7 @@ fn interpreter(name: &str, interval: &str, program: &str, words: &[&str]) -> Sum
 fn c() {
     let dir = TempDir::new("oracle");
     let target = target_with("deep.c", &["-O2", "-fomit-frame-pointer"]);
-    expect("C", &command(&dir, "1", "deep", &[target.text()]), 2000);
+    expect("C", &command(&dir, "1", "deep", &[target.text()]), 1000);
 }
 
 /// Check C++ with exceptions, which allocate while they unwind.
@@ -110,7 +110,7 @@ fn c() {
 fn cpp() {
     let dir = TempDir::new("oracle");
     let target = target_with("throws.cpp", &["-O2", "-fomit-frame-pointer"]);
-    expect("C++", &command(&dir, "1", "throws", &[target.text()]), 2000);
+    expect("C++", &command(&dir, "1", "throws", &[target.text()]), 1000);
 }
 
 /// Check Rust.
@@ -148,7 +148,7 @@ sys.stdin.readline()
 "#;
     let words = ["-c", SCRIPT];
     let summary = interpreter("python3", "16KiB", "/usr/bin/python3", &words);
-    expect("python3", &summary, 1000);
+    expect("python3", &summary, 500);
 }
 
 /// Check Debian's perl.
@@ -161,7 +161,7 @@ for my $i (1..300) { my %h = map { $_ => "x" x 50 } 1..300; my $s = join ",", so
 print "done\n"; <STDIN>;
 "#;
     let summary = interpreter("perl", "8KiB", "/usr/bin/perl", &["-e", SCRIPT]);
-    expect("perl", &summary, 1000);
+    expect("perl", &summary, 500);
 }
 
 /// Check Debian's sqlite3.
@@ -227,7 +227,7 @@ fn cc1() {
         .expect("gcc");
     let path = String::from_utf8(path.stdout).expect("a path");
     let words = [path.trim(), "-quiet", "-O2", "large.c", "-o", "large.s"];
-    expect("cc1", &command(&dir, "64KiB", "cc1", &words), 500);
+    expect("cc1", &command(&dir, "64KiB", "cc1", &words), 300);
 }
 
 /// Check Debian's git.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -12,7 +13,7 @@ use crate::{
         totals::ExactTotals,
     },
     ledger::StackSnapshot,
-    process::{info::ProcessInfo, mapping::MappingTable},
+    process::{info::ProcessInfo, mapping::MappingTable, perf_map::NamedMappings},
     symbolize::{
         trim::trim,
         worker::{SymbolizeError, SymbolizeHandle},
@@ -53,6 +54,8 @@ pub struct ImageCapture {
     pub losses: BTreeMap<&'static str, u64>,
     /// Its mappings.
     pub mappings: MappingTable,
+    /// Where it names the code that it has made at run time.
+    pub perf_map: Option<Arc<File>>,
     /// Its counters.
     pub stacks: Vec<StackSnapshot>,
 }
@@ -84,7 +87,10 @@ impl Capture {
                 .map(|stack| Arc::clone(&stack.trace))
                 .collect();
             let named = symbolizer
-                .symbolize(traces, Arc::new(image.mappings))
+                .symbolize(
+                    traces,
+                    Arc::new(NamedMappings::new(image.mappings, image.perf_map)),
+                )
                 .await?;
             processes.push(ProcessProfile {
                 pid: image.info.pid,

@@ -7,7 +7,6 @@ use super::{
     target::TargetError,
 };
 use crate::{
-    address::AbsAddr,
     probe::find::{AllocatorModule, Finder},
     process::{
         exit::ExitWatch,
@@ -109,20 +108,17 @@ impl Scanner {
         ProcessInfo::read(pid).ok()
     }
 
-    /// The mapping that a record tells of.
-    pub(super) fn mapping_of(&self, event: &MmapEvent) -> Mapping {
-        let entry = MapsEntry {
-            start: event.start,
-            end: AbsAddr(event.start.0.saturating_add(event.len)),
-            executable: true,
-            file_offset: event.file_offset,
-            device_major: event.device_major,
-            device_minor: event.device_minor,
-            inode: event.inode,
-            path: event.path.clone(),
-            deleted: false,
-        };
-        mapping_of(event.pid, &entry, &self.files)
+    /// The mapping that a record tells of; none if its range makes no sense.
+    pub(super) fn mapping_of(&self, event: &MmapEvent) -> Option<Mapping> {
+        let entry = MapsEntry::from_record(
+            event.start,
+            event.len,
+            event.file_offset,
+            (event.device_major, event.device_minor),
+            event.inode,
+            &event.path,
+        )?;
+        Some(mapping_of(event.pid, &entry, &self.files))
     }
 
     /// The allocator that a file defines, if it does.

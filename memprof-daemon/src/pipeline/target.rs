@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fs::File,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,6 +26,7 @@ use crate::{
     process::{
         info::{ProcessError, ProcessInfo},
         mapping::MappingTable,
+        perf_map,
     },
     ring::mmap_events::MmapEvent,
     sample::ImageId,
@@ -88,6 +91,8 @@ pub(super) struct Image {
     pub(super) id: ImageId,
     pub(super) info: ProcessInfo,
     pub(super) mappings: MappingTable,
+    /// Where it names the code that it makes at run time, once there is such.
+    pub(super) perf_map: Option<Arc<File>>,
     /// The last reading.
     pub(super) memory: Option<ProcessMemory>,
     /// Exact totals.
@@ -115,6 +120,7 @@ impl Image {
             id,
             info,
             mappings,
+            perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
             since: Instant::now(),
@@ -134,6 +140,19 @@ impl Image {
         let is_known = memory.is_ok();
         self.memory = memory.ok().or(self.memory);
         is_known
+    }
+
+    /// Opens the file in which it names the code that it makes at run time: when it has
+    /// exited, its `/tmp` cannot be reached any more.
+    pub(super) fn find_perf_map(&mut self) {
+        let makes_code = || {
+            self.mappings
+                .iter()
+                .any(|mapping| mapping.file.is_none() && !mapping.name.starts_with('['))
+        };
+        if self.perf_map.is_none() && !self.ended() && makes_code() {
+            self.perf_map = perf_map::open(self.id.pid).ok().map(Arc::new);
+        }
     }
 
     pub(super) fn end(&mut self, losses: [u64; COUNTERS]) {

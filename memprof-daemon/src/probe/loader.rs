@@ -128,7 +128,7 @@ pub struct LoadOptions {
 }
 
 /// Copies of stacks on their way, at most.
-const STACK_COPIES: u32 = 256;
+const STACK_COPIES: u32 = 1024;
 
 /// What a loaded object consists of.
 pub struct Loaded {

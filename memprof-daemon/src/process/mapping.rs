@@ -59,6 +59,12 @@ impl Mapping {
 pub trait MappingLookup {
     /// The executable mapping that `address` is in.
     fn lookup(&self, address: AbsAddr) -> Option<Arc<Mapping>>;
+
+    /// What the program calls the code at `address` that it has made at run time.
+    fn generated_name(&self, address: AbsAddr) -> Option<String> {
+        let _ = address;
+        None
+    }
 }
 
 /// The executable mappings of one process.

@@ -6,3 +6,4 @@ pub mod files;
 pub mod info;
 pub mod mapping;
 pub mod maps;
+pub mod perf_map;

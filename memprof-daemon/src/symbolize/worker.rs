@@ -19,7 +19,7 @@ use crate::{
     process::mapping::{MappedFile, MappingLookup},
     symbolize::{
         cache::NameCache,
-        frame::{Frame, FrameName, UnknownReason},
+        frame::{Frame, FrameName, FunctionLine, UnknownReason},
         normalize::{Normalized, normalize},
         resolve::{FileKey, Resolver},
     },
@@ -170,7 +170,7 @@ impl Namer {
         let names = self.find_names(&places);
         let frames: HashMap<FrameAddress, Arc<Frame>> = places
             .into_iter()
-            .map(|(address, place)| (address, Arc::new(frame(address, place, &names))))
+            .map(|(address, place)| (address, Arc::new(frame(address, place, &names, mappings))))
             .collect();
 
         let no_stack = Arc::new(Frame {
@@ -262,7 +262,12 @@ impl Names {
     }
 }
 
-fn frame(address: FrameAddress, place: Normalized, names: &Names) -> Frame {
+fn frame(
+    address: FrameAddress,
+    place: Normalized,
+    names: &Names,
+    mappings: &dyn MappingLookup,
+) -> Frame {
     let address = address.call_site();
     match place {
         Normalized::InFile {
@@ -283,7 +288,19 @@ fn frame(address: FrameAddress, place: Normalized, names: &Names) -> Frame {
             address,
             mapping,
             file_offset: None,
-            name: FrameName::Unknown(reason),
+            name: match reason {
+                UnknownReason::Anonymous => mappings.generated_name(address).map_or(
+                    FrameName::Unknown(reason),
+                    |function| {
+                        FrameName::Known(vec![FunctionLine {
+                            function,
+                            file: None,
+                            line: None,
+                        }])
+                    },
+                ),
+                _ => FrameName::Unknown(reason),
+            },
         },
     }
 }

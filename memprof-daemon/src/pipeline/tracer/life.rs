@@ -56,7 +56,9 @@ impl Tracer {
     /// Adds a mapping to its process, and looks for an allocator in the file.
     pub(super) fn map_file(&mut self, event: &MmapEvent) {
         let pid = event.pid;
-        let mapping = self.scanner.mapping_of(event);
+        let Some(mapping) = self.scanner.mapping_of(event) else {
+            return;
+        };
         let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) else {
             return;
         };
@@ -215,6 +217,9 @@ impl Tracer {
         let loses_first_threads = self.probe_mode == ProbeMode::Perf;
         let live = self.targets.iter_mut();
         for (&pid, target) in live.filter(|(_, target)| target.is_live()) {
+            if let Some(image) = target.current() {
+                image.find_perf_map();
+            }
             let is_known = target.current().is_none_or(Image::refresh_memory);
             // A process whose first thread has ended shows none.
             if loses_first_threads && !is_known && !target.is_lost && first_thread_has_ended(pid) {

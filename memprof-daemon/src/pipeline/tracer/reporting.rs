@@ -50,6 +50,7 @@ impl Tracer {
                     totals: image.totals.exact(),
                     losses: image.losses(losses, &self.ledger.tally(image.id)),
                     mappings: image.mappings.clone(),
+                    perf_map: image.perf_map.clone(),
                     stacks: snapshot.remove(&image.id).unwrap_or_default(),
                 });
             }
