@@ -191,6 +191,7 @@ fn mapping(path: impl Into<PathBuf>, build_id: Option<Vec<u8>>, start: u64) -> A
             device: 1,
             inode: start,
             build_id,
+            debug_file: None,
             file: None,
         })),
     })

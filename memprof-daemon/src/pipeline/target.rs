@@ -151,7 +151,9 @@ impl Image {
                 .any(|mapping| mapping.file.is_none() && !mapping.name.starts_with('['))
         };
         if self.perf_map.is_none() && !self.ended() && makes_code() {
-            self.perf_map = perf_map::open(self.id.pid).ok().map(Arc::new);
+            self.perf_map = perf_map::open(self.id.pid, self.info.start_time)
+                .ok()
+                .map(Arc::new);
         }
     }
 

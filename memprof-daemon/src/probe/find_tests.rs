@@ -10,6 +10,7 @@ fn mapped(path: &Path) -> Arc<MappedFile> {
         device: metadata.dev(),
         inode: metadata.ino(),
         build_id: None,
+        debug_file: None,
         file: Some(file),
     })
 }

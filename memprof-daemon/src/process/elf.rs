@@ -91,6 +91,8 @@ pub struct ElfLayout {
     pub eh_frame: Option<Section>,
     /// `.eh_frame_hdr`, by the program headers.
     pub eh_frame_header: Option<Section>,
+    /// `.gnu_debugdata`: a compressed ELF file with more symbols.
+    pub gnu_debugdata: Option<Section>,
     /// `.debug_frame`.
     pub debug_frame: Option<Section>,
     /// Position and size of what holds notes.
@@ -188,7 +190,7 @@ impl ElfLayout {
             let kind = section.u32(4);
             if kind == elf::SHT_PROGBITS.0 || kind == elf::SHT_X86_64_UNWIND.0 {
                 let name = names.and_then(|names| {
-                    let mut name = [0; 13];
+                    let mut name = [0; 15];
                     let at = names.u64(24).checked_add(u64::from(section.u32(0)))?;
                     // At the end of the file there may be fewer bytes.
                     let read = file.read_at(&mut name, at).ok()?;
@@ -199,6 +201,7 @@ impl ElfLayout {
                 });
                 let place = match name.as_deref() {
                     Some(b".eh_frame") => Some(&mut self.eh_frame),
+                    Some(b".gnu_debugdata") => Some(&mut self.gnu_debugdata),
                     Some(b".debug_frame") => Some(&mut self.debug_frame),
                     _ => None,
                 };
@@ -234,6 +237,20 @@ impl ElfLayout {
         }
         self.symbol_tables.extend(found.into_iter().flatten());
         Ok(())
+    }
+
+    /// Where the byte at `offset` of the file is in memory, before relocation, if it is in
+    /// an executable segment.
+    #[must_use]
+    pub fn code_address(&self, offset: FileOffset) -> Option<VirtOffset> {
+        self.segments
+            .iter()
+            .filter(|segment| segment.executable)
+            .find_map(|segment| {
+                let within = offset.0.checked_sub(segment.file_offset.0)?;
+                (within < segment.file_size).then_some(())?;
+                segment.address.0.checked_add(within).map(VirtOffset)
+            })
     }
 
     /// Where the code at `address` is in the file; none if it is not in an

@@ -38,7 +38,7 @@ impl FileStore {
     /// a result is not shared, so that the next call tries again.
     #[must_use]
     pub fn open(&self, pid: u32, entry: &MapsEntry) -> Arc<MappedFile> {
-        match open_mapped(pid, entry).and_then(|file| self.share(file, entry)) {
+        match open_mapped(pid, entry).and_then(|file| self.share(pid, file, entry)) {
             Ok(file) => file,
             Err(error) => {
                 tracing::debug!(pid, path = %entry.path.display(), %error, "cannot open a mapped file");
@@ -48,12 +48,13 @@ impl FileStore {
                     inode: entry.inode,
                     build_id: None,
                     file: None,
+                    debug_file: None,
                 })
             }
         }
     }
 
-    fn share(&self, file: File, entry: &MapsEntry) -> io::Result<Arc<MappedFile>> {
+    fn share(&self, pid: u32, file: File, entry: &MapsEntry) -> io::Result<Arc<MappedFile>> {
         let metadata = file.metadata()?;
         let key = (metadata.dev(), metadata.ino());
         if let Some(known) = self.known(key) {
@@ -67,6 +68,9 @@ impl FileStore {
             path: entry.path.clone(),
             device: key.0,
             inode: key.1,
+            debug_file: build_id
+                .as_deref()
+                .and_then(|build_id| open_debug_file(pid, build_id)),
             build_id,
             file: Some(file),
         });
@@ -159,6 +163,49 @@ fn open_link(pid: u32, entry: &MapsEntry) -> io::Result<File> {
         return Err(io::Error::other("the address range maps another file now"));
     }
     Ok(file)
+}
+
+/// The file that distributions put debug information into, for the file with this build
+/// id: where the target looks for it, or where we do. It must have the build id itself.
+fn open_debug_file(pid: u32, build_id: &[u8]) -> Option<File> {
+    let hex: String = build_id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (first, rest) = hex.split_at_checked(2)?;
+    let path = format!("usr/lib/debug/.build-id/{first}/{rest}.debug");
+    [format!("/proc/{pid}/root"), "/".to_owned()]
+        .iter()
+        .filter_map(|root| open_below(Path::new(root), Path::new(&path)).ok())
+        .find(|file| {
+            ElfLayout::read(file)
+                .ok()
+                .and_then(|layout| layout.build_id(file))
+                .is_some_and(|id| id == build_id)
+        })
+}
+
+/// Opens a regular file below a root directory for reading, as a process with that root
+/// does: no link leads out of it (`openat2`, Linux 5.6).
+pub(super) fn open_below(root: &Path, path: &Path) -> io::Result<File> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2};
+    let root = rustix::fs::openat(
+        CWD,
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let place = openat2(
+        &root,
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )?;
+    let place = File::from(place);
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(File::from(open(path, flags, Mode::empty())?))
 }
 
 /// Opens a regular file for reading, and nothing else: to open a device or a
@@ -303,5 +350,23 @@ mod tests {
     fn devices_stay_closed() {
         assert!(open_regular(Path::new("/dev/zero")).is_err());
         assert!(open_regular(Path::new("/bin/true")).is_ok());
+    }
+
+    /// Check that links in another root lead to what they lead to there, absolute ones and
+    /// such as climb above it too.
+    #[test]
+    fn links_stay_below_their_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("etc");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(inside.join("passwd"), "inside").unwrap();
+        for (name, target) in [("absolute", "/etc"), ("climbs", "../../../../../../../etc")] {
+            std::os::unix::fs::symlink(target, dir.path().join(name)).unwrap();
+            let path = Path::new(name).join("passwd");
+            let file = open_below(dir.path(), &path).unwrap();
+            assert_eq!(std::io::read_to_string(file).unwrap(), "inside", "{name}");
+        }
+        assert!(open_below(dir.path(), Path::new("etc")).is_err());
+        assert!(open_below(dir.path(), Path::new("missing")).is_err());
     }
 }

@@ -18,6 +18,9 @@ pub struct MappedFile {
     pub build_id: Option<Vec<u8>>,
     /// The open file; none if it could not be opened.
     pub file: Option<File>,
+    /// The file with its debug information, found by build id where the target looks for
+    /// it: opened now, since later the target may be gone.
+    pub debug_file: Option<File>,
 }
 
 /// An executable mapping of a file.

@@ -2,13 +2,18 @@
 //! compilers write for perf (`tools/perf/Documentation/jit-interface.txt` in Linux).
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Read as _},
-    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::PathBuf,
     sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
 };
 
-use super::mapping::{Mapping, MappingLookup, MappingTable};
+use super::{
+    files::open_below,
+    mapping::{Mapping, MappingLookup, MappingTable},
+};
 use crate::address::AbsAddr;
 
 /// More of a file is not read. Each compiled function adds a line and none is ever taken
@@ -17,14 +22,14 @@ const MAX_BYTES: u64 = 64 << 20;
 /// A longer name is cut.
 const MAX_NAME_BYTES: usize = 1024;
 
-/// Opens the file that process `pid` writes, as it sees `/tmp`. It stays readable when the
-/// process is gone.
+/// Opens the file that process `pid`, which was started then, writes, as it sees `/tmp`. It
+/// stays readable when the process is gone.
 ///
 /// # Errors
 ///
-/// There is none (yet), or it is not a file that the process or root owns: another user
-/// could have put it there.
-pub fn open(pid: u32) -> io::Result<File> {
+/// There is none (yet); or the process or root does not own it, as another user could
+/// have put it there; or it is older than the process.
+pub fn open(pid: u32, started: SystemTime) -> io::Result<File> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     // In the innermost pid namespace, the last number, it knows itself by.
     let own_pid = status
@@ -32,13 +37,20 @@ pub fn open(pid: u32) -> io::Result<File> {
         .find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last())
         .ok_or_else(|| io::Error::other("/proc/PID/status has no NSpid"))?;
     let owner = std::fs::metadata(format!("/proc/{pid}"))?.uid();
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(format!("/proc/{pid}/root/tmp/perf-{own_pid}.map"))?;
+    let file = open_below(
+        &PathBuf::from(format!("/proc/{pid}/root")),
+        &PathBuf::from(format!("tmp/perf-{own_pid}.map")),
+    )?;
     let metadata = file.metadata()?;
-    if !metadata.is_file() || (metadata.uid() != owner && metadata.uid() != 0) {
+    if metadata.uid() != owner && metadata.uid() != 0 {
         return Err(io::Error::other("not a file of the process"));
+    }
+    // Start times are coarse.
+    let is_left_over = metadata.modified()? + Duration::from_secs(2) < started;
+    if is_left_over {
+        return Err(io::Error::other(
+            "an earlier process of that number wrote it",
+        ));
     }
     Ok(file)
 }

@@ -12,6 +12,7 @@ mod demangle;
 pub mod frame;
 pub mod normalize;
 pub mod resolve;
+mod separate;
 #[cfg(test)]
 mod testing;
 pub mod trim;

@@ -90,6 +90,7 @@ mod tests {
                     device: 1,
                     inode: 2,
                     build_id: None,
+                    debug_file: None,
                     file: None,
                 })
             }),

@@ -8,10 +8,10 @@
 //! Where debug information is looked for, when the file has a `.gnu_debuglink`:
 //! the build id below `/usr/lib/debug`, the link's name in there, in the
 //! original directory and in its `.debug`. blazesym compares the checksum, so
-//! another namespace's file of the same name is never taken for it. Not found
-//! are: a debug file named by build id alone, without a link; one that is only
-//! in a container's own `/usr/lib/debug`; `.dwp` packages; anything by
-//! debuginfod. Names then come from the symbol tables, without lines.
+//! another namespace's file of the same name is never taken for it. Without a link, by
+//! build id, also in the target's mount namespace, and in `.gnu_debugdata`: see
+//! `separate`. Not found are `.dwp` packages and anything by debuginfod. Names
+//! then come from the symbol tables, without lines.
 //!
 //! Files are hostile until proven otherwise: blazesym can panic on a malformed
 //! one, and that is caught. Two things cannot be caught, and end the process: a
@@ -36,10 +36,13 @@ use blazesym::symbolize::{
     source::{Elf, Source},
 };
 
-use super::demangle::demangle;
+use super::{
+    demangle::demangle,
+    separate::{self, Separate},
+};
 use crate::{
     address::FileOffset,
-    process::mapping::MappedFile,
+    process::{elf::ElfLayout, mapping::MappedFile},
     symbolize::frame::{FrameName, FunctionLine, UnknownReason},
 };
 
@@ -90,6 +93,9 @@ struct ParsedFile {
     /// Keeps the descriptor open that the symbolizer's path goes through.
     _file: Arc<MappedFile>,
     path: PathBuf,
+    /// What it has elsewhere, and where its code belongs in memory.
+    separate: Vec<Separate>,
+    layout: ElfLayout,
     symbolizer: Symbolizer,
 }
 
@@ -131,16 +137,20 @@ impl Resolver {
         let key = FileKey::of(open).map_err(|_| UnknownReason::FileUnreadable)?;
         check_magic(open)?;
 
-        let parsed = self.take(key).unwrap_or_else(|| ParsedFile {
-            key,
-            _file: Arc::clone(file),
-            path: PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd())),
-            symbolizer: new_symbolizer(&file.path),
+        let parsed = self.take(key).unwrap_or_else(|| {
+            // A file that is damaged here may have names all the same.
+            let layout = ElfLayout::read(open).unwrap_or_default();
+            ParsedFile {
+                key,
+                _file: Arc::clone(file),
+                path: PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd())),
+                separate: separate::find(file, open, &layout),
+                layout,
+                symbolizer: new_symbolizer(&file.path),
+            }
         });
         // After a panic the symbolizer is dropped, so nobody sees what it left.
-        let named = catch_unwind(AssertUnwindSafe(|| {
-            name_all(&parsed.symbolizer, &parsed.path, offsets)
-        }));
+        let named = catch_unwind(AssertUnwindSafe(|| name_all(&parsed, offsets)));
         if let Ok(names) = named {
             self.keep(parsed);
             return Ok(names);
@@ -210,12 +220,60 @@ fn new_symbolizer(path: &Path) -> Symbolizer {
 type Found = Result<Vec<FunctionLine>, UnknownReason>;
 
 /// Names by debug information, and by symbols where that has none or is damaged.
-fn name_all(symbolizer: &Symbolizer, path: &Path, offsets: &[FileOffset]) -> Vec<FrameName> {
+///
+/// The order: lines before symbols, the file itself before others.
+fn name_all(parsed: &ParsedFile, offsets: &[FileOffset]) -> Vec<FrameName> {
     let mut names = vec![Err(UnknownReason::NotElf); offsets.len()];
+    for separate in parsed.separate.iter().filter(|other| other.has_lines) {
+        name_by_separate(parsed, separate, offsets, &mut names);
+    }
     for debug_syms in [true, false] {
-        name_missing(symbolizer, path, debug_syms, offsets, &mut names);
+        name_missing(
+            &parsed.symbolizer,
+            &parsed.path,
+            debug_syms,
+            offsets,
+            &mut names,
+        );
+    }
+    for separate in parsed.separate.iter().filter(|other| !other.has_lines) {
+        name_by_separate(parsed, separate, offsets, &mut names);
     }
     finish(names)
+}
+
+/// Names those that have no name yet, by their addresses, from another file.
+fn name_by_separate(
+    parsed: &ParsedFile,
+    separate: &Separate,
+    offsets: &[FileOffset],
+    names: &mut [Found],
+) {
+    let (missing, places): (Vec<&mut Found>, Vec<u64>) = names
+        .iter_mut()
+        .zip(offsets)
+        .filter(|(name, _)| name.is_err())
+        .filter_map(|(name, &offset)| Some((name, parsed.layout.code_address(offset)?.0)))
+        .unzip();
+    if missing.is_empty() {
+        return;
+    }
+    let mut elf = Elf::new(separate.path());
+    elf.debug_syms = separate.has_lines;
+    let source = Source::Elf(elf);
+    match parsed
+        .symbolizer
+        .symbolize(&source, Input::VirtOffset(&places))
+    {
+        Ok(results) => {
+            for (name, result) in missing.into_iter().zip(results) {
+                if let Ok(found) = function_lines(result) {
+                    *name = Ok(found);
+                }
+            }
+        }
+        Err(error) => tracing::debug!(%error, "no names from a separate file"),
+    }
 }
 
 /// Names those that have no name yet.

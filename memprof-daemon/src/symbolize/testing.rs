@@ -18,6 +18,7 @@ pub(crate) fn mapped_file(path: &Path, file: Option<File>) -> Arc<MappedFile> {
         path: path.to_owned(),
         device: 0,
         inode: 0,
+        debug_file: None,
         build_id: None,
         file,
     })

@@ -228,3 +228,121 @@ fn damaged_elf_file() {
         assert_eq!(names.len(), offsets.len(), "{round}");
     }
 }
+
+/// A C program as three files: with everything, stripped, and what was stripped from it.
+fn split_program(dir: &Path) -> (PathBuf, PathBuf, PathBuf) {
+    let file = |name: &str| dir.join(name);
+    let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+        let status = Command::new(program).args(arguments).status();
+        assert!(status.expect(program).success(), "{program} {arguments:?}");
+    };
+    let source = "__attribute__((noinline)) static int hidden_function(int n) {\n\
+                  \x20   return n * 3 + (n >> 1);\n}\n\
+                  int main(int n, char **v) { return hidden_function(n) + hidden_function(!v); }\n";
+    fs::write(file("program.c"), source).unwrap();
+    let (whole, stripped, debug) = (file("whole"), file("stripped"), file("debug"));
+    let flag = |text: &'static str| std::ffi::OsStr::new(text);
+    let c = file("program.c");
+    run(
+        "cc",
+        &[
+            flag("-g"),
+            flag("-O1"),
+            flag("-Wl,--build-id"),
+            flag("-o"),
+            whole.as_os_str(),
+            c.as_os_str(),
+        ],
+    );
+    run(
+        "objcopy",
+        &[
+            flag("--only-keep-debug"),
+            whole.as_os_str(),
+            debug.as_os_str(),
+        ],
+    );
+    run(
+        "objcopy",
+        &[flag("--strip-all"), whole.as_os_str(), stripped.as_os_str()],
+    );
+    (whole, stripped, debug)
+}
+
+/// The place of `hidden_function`, by the symbols of the whole file.
+fn hidden_offset(whole: &Path) -> FileOffset {
+    let nm = Command::new("nm").arg(whole).output().unwrap();
+    let text = String::from_utf8(nm.stdout).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.ends_with(" hidden_function"))
+        .unwrap();
+    let address = u64::from_str_radix(line.split(' ').next().unwrap(), 16).unwrap();
+    let layout = ElfLayout::read(&File::open(whole).unwrap()).unwrap();
+    layout
+        .code_offset(crate::address::VirtOffset(address))
+        .unwrap()
+}
+
+fn with_debug_file(path: &Path, debug_file: Option<&Path>) -> Arc<MappedFile> {
+    Arc::new(MappedFile {
+        path: path.to_owned(),
+        device: 0,
+        inode: 0,
+        build_id: None,
+        file: Some(File::open(path).unwrap()),
+        debug_file: debug_file.map(|path| File::open(path).unwrap()),
+    })
+}
+
+/// Check that a stripped file has no name for the function, and that its debug file, held
+/// open and by now without a path, gives name and line.
+#[test]
+fn names_by_a_debug_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, stripped, debug) = split_program(dir.path());
+    let offset = hidden_offset(&whole);
+    let name = resolve_one(&with_debug_file(&stripped, None), offset);
+    assert!(matches!(name, FrameName::Unknown(_)), "{name:?}");
+    let file = with_debug_file(&stripped, Some(&debug));
+    fs::remove_file(debug).unwrap();
+    let FrameName::Known(lines) = resolve_one(&file, offset) else {
+        panic!("no name");
+    };
+    assert_eq!(lines.last().unwrap().function, "hidden_function");
+    assert!(lines.last().unwrap().line.is_some(), "{lines:?}");
+}
+
+/// Check names from `.gnu_debugdata`, and that a damaged one, and one that claims to be
+/// far larger than it is, are no more than missing.
+#[test]
+fn names_by_mini_debug_info() {
+    use std::io::Write as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, stripped, debug) = split_program(dir.path());
+    let offset = hidden_offset(&whole);
+    let mut writer =
+        lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(6)).unwrap();
+    writer.write_all(&fs::read(debug).unwrap()).unwrap();
+    let mut packed = writer.finish().unwrap();
+    let mini = |bytes: &[u8]| {
+        let (data, out) = (dir.path().join("data"), dir.path().join("mini"));
+        fs::write(&data, bytes).unwrap();
+        let status = Command::new("objcopy")
+            .arg(format!("--add-section=.gnu_debugdata={}", data.display()))
+            .args([&stripped, &out])
+            .status();
+        assert!(status.unwrap().success());
+        resolve_one(&with_debug_file(&out, None), offset)
+    };
+    let FrameName::Known(lines) = mini(&packed) else {
+        panic!("no name");
+    };
+    assert_eq!(lines.last().unwrap().function, "hidden_function");
+    let middle = packed.len() / 2;
+    packed[middle] ^= 0xff;
+    assert!(matches!(mini(&packed), FrameName::Unknown(_)));
+    packed.truncate(middle);
+    assert!(matches!(mini(&packed), FrameName::Unknown(_)));
+    assert!(matches!(mini(b""), FrameName::Unknown(_)));
+}
