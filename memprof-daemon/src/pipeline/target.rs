@@ -148,7 +148,11 @@ impl Image {
         let makes_code = || {
             self.mappings
                 .iter()
-                .any(|mapping| mapping.file.is_none() && !mapping.name.starts_with('['))
+                // A program can name its memory: then it is `[anon:...]`.
+                .any(|mapping| {
+                    let name = mapping.name.as_str();
+                    mapping.file.is_none() && (name.is_empty() || name.starts_with("[anon"))
+                })
         };
         if self.perf_map.is_none() && !self.ended() && makes_code() {
             self.perf_map = perf_map::open(self.id.pid, self.info.start_time)

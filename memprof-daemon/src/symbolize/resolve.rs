@@ -159,13 +159,12 @@ impl Resolver {
         let path = parsed.path.clone();
         catch_unwind(|| {
             let mut names = vec![Err(UnknownReason::NotElf); offsets.len()];
-            name_missing(
-                &new_symbolizer(&file.path),
-                &path,
-                false,
-                offsets,
-                &mut names,
-            );
+            let source = NameSource {
+                path: &path,
+                debug_syms: false,
+                layout: None,
+            };
+            name_missing(&new_symbolizer(&file.path), &source, offsets, &mut names);
             finish(names)
         })
         .map_err(|_| UnknownReason::NotElf)
@@ -225,62 +224,46 @@ type Found = Result<Vec<FunctionLine>, UnknownReason>;
 fn name_all(parsed: &ParsedFile, offsets: &[FileOffset]) -> Vec<FrameName> {
     let mut names = vec![Err(UnknownReason::NotElf); offsets.len()];
     for separate in parsed.separate.iter().filter(|other| other.has_lines) {
-        name_by_separate(parsed, separate, offsets, &mut names);
+        let source = NameSource {
+            path: &separate.path(),
+            debug_syms: separate.has_lines,
+            layout: Some(&parsed.layout),
+        };
+        name_missing(&parsed.symbolizer, &source, offsets, &mut names);
     }
     for debug_syms in [true, false] {
-        name_missing(
-            &parsed.symbolizer,
-            &parsed.path,
+        let source = NameSource {
+            path: &parsed.path,
             debug_syms,
-            offsets,
-            &mut names,
-        );
+            layout: None,
+        };
+        name_missing(&parsed.symbolizer, &source, offsets, &mut names);
     }
     for separate in parsed.separate.iter().filter(|other| !other.has_lines) {
-        name_by_separate(parsed, separate, offsets, &mut names);
+        let source = NameSource {
+            path: &separate.path(),
+            debug_syms: separate.has_lines,
+            layout: Some(&parsed.layout),
+        };
+        name_missing(&parsed.symbolizer, &source, offsets, &mut names);
     }
     finish(names)
 }
 
-/// Names those that have no name yet, by their addresses, from another file.
-fn name_by_separate(
-    parsed: &ParsedFile,
-    separate: &Separate,
-    offsets: &[FileOffset],
-    names: &mut [Found],
-) {
-    let (missing, places): (Vec<&mut Found>, Vec<u64>) = names
-        .iter_mut()
-        .zip(offsets)
-        .filter(|(name, _)| name.is_err())
-        .filter_map(|(name, &offset)| Some((name, parsed.layout.code_address(offset)?.0)))
-        .unzip();
-    if missing.is_empty() {
-        return;
-    }
-    let mut elf = Elf::new(separate.path());
-    elf.debug_syms = separate.has_lines;
-    let source = Source::Elf(elf);
-    match parsed
-        .symbolizer
-        .symbolize(&source, Input::VirtOffset(&places))
-    {
-        Ok(results) => {
-            for (name, result) in missing.into_iter().zip(results) {
-                if let Ok(found) = function_lines(result) {
-                    *name = Ok(found);
-                }
-            }
-        }
-        Err(error) => tracing::debug!(%error, "no names from a separate file"),
-    }
+/// A file to take names from.
+struct NameSource<'a> {
+    path: &'a Path,
+    /// By debug information, not by symbols.
+    debug_syms: bool,
+    /// Of the file that names are wanted for, if they are taken from another: that has the
+    /// same addresses, and other places.
+    layout: Option<&'a ElfLayout>,
 }
 
 /// Names those that have no name yet.
 fn name_missing(
     symbolizer: &Symbolizer,
-    path: &Path,
-    debug_syms: bool,
+    source: &NameSource<'_>,
     offsets: &[FileOffset],
     names: &mut [Found],
 ) {
@@ -288,17 +271,33 @@ fn name_missing(
         .iter_mut()
         .zip(offsets)
         .filter(|(name, _)| name.is_err())
-        .map(|(name, offset)| (name, offset.0))
+        .filter_map(|(name, &offset)| match source.layout {
+            Some(layout) => Some((name, layout.code_address(offset)?.0)),
+            None => Some((name, offset.0)),
+        })
         .unzip();
     if missing.is_empty() {
         return;
     }
+    let NameSource {
+        path,
+        debug_syms,
+        layout,
+    } = *source;
     let mut elf = Elf::new(path);
     elf.debug_syms = debug_syms;
-    match symbolizer.symbolize(&Source::Elf(elf), Input::FileOffset(&places)) {
+    let input = match layout {
+        Some(_) => Input::VirtOffset(places.as_slice()),
+        None => Input::FileOffset(places.as_slice()),
+    };
+    match symbolizer.symbolize(&Source::Elf(elf), input) {
         Ok(results) => {
             for (name, result) in missing.into_iter().zip(results) {
-                *name = function_lines(result);
+                let found = function_lines(result);
+                // Why there is no name, the file itself tells.
+                if found.is_ok() || layout.is_none() {
+                    *name = found;
+                }
             }
         }
         Err(error) => {

@@ -1,5 +1,7 @@
 //! What BPF is told of a process's code, to walk its stacks.
 
+use std::collections::HashSet;
+
 use memprof_common::unwind::table::{MAX_MAPPINGS, MappingEntry, MappingKind, MappingList};
 use tracing::warn;
 
@@ -57,6 +59,19 @@ impl Tracer {
             warn!(pid, %error, "stacks through new code will be cut");
         }
         drop(old);
+        // Tables of what was unloaded, or belonged to the program before: BPF has forgotten
+        // them.
+        if let Some(target) = self.targets.get_mut(&pid)
+            && let Some(image) = target.images.last()
+        {
+            let used: HashSet<(u64, u64)> = image
+                .mappings
+                .iter()
+                .filter_map(|mapping| mapping.file.as_ref())
+                .map(|file| (file.device, file.inode))
+                .collect();
+            target.tables.retain(|file, _| used.contains(file));
+        }
     }
 
     /// Compiles the tables of the files of a process that have none, elsewhere.
@@ -88,7 +103,7 @@ impl Tracer {
 
     /// A table is ready.
     pub(super) fn compiled(&mut self, pid: u32, file: (u64, u64), table: FileTable) {
-        if let Some(target) = self.targets.get_mut(&pid) {
+        if let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) {
             target.compiling.remove(&file);
             target.tables.insert(file, table);
             self.publish_mappings(pid);
