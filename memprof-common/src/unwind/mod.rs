@@ -12,6 +12,8 @@
 //! [`walk`] is the same code in BPF and in tests: it sees the arena and the target's
 //! memory through [`walk::Memory`].
 
+mod frame_pointer;
 pub mod rule;
+mod search;
 pub mod table;
 pub mod walk;

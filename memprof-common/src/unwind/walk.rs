@@ -1,11 +1,13 @@
-//! Walking a stack, frame by frame.
+//! Walking a stack, frame by frame, by tables.
 
 use core::hint::black_box;
 
 use crate::limits::MAX_STACK_DEPTH;
 
 use super::{
+    frame_pointer::is_sigreturn,
     rule::{BpRule, Rule, RuleKind, WideRule},
+    search::search,
     table::{MappingEntry, MappingKind, MappingList, PAGE_SHIFT, page_rows, row_address, row_rule},
 };
 
@@ -106,7 +108,7 @@ pub struct Walk {
     /// Code was passed through that is not known yet.
     is_unknown: u32,
     /// This frame was found by a frame pointer.
-    by_frame_pointer: u32,
+    pub(super) by_frame_pointer: u32,
     /// The mapping that `ip - 1` is in.
     kind: u32,
     start: u64,
@@ -373,7 +375,7 @@ impl Walk {
     }
 
     #[inline(always)]
-    fn go_to(&mut self, ip: u64) -> Result<(), StackEnd> {
+    pub(super) fn go_to(&mut self, ip: u64) -> Result<(), StackEnd> {
         if ip == 0 {
             return Err(StackEnd::Complete);
         }
@@ -430,118 +432,6 @@ impl Walk {
         }
         row_rule(row)
     }
-
-    /// The kernel has put the registers of what it interrupted on the stack:
-    /// `struct ucontext` in arch/x86/include/uapi/asm/ucontext.h, of which the
-    /// `struct sigcontext_64` begins at its 40th byte.
-    #[inline(always)]
-    fn leave_signal_handler(&mut self, memory: &impl Memory) -> Result<(), StackEnd> {
-        let context = self.sp;
-        let (Some(bp), Some([sp, ip])) = (
-            memory.single(context.wrapping_add(120)),
-            memory.pair(context.wrapping_add(160)),
-        ) else {
-            return Err(StackEnd::Unreadable);
-        };
-        self.by_frame_pointer = 0;
-        self.bp = bp;
-        self.sp = sp;
-        self.go_to(ip.wrapping_add(1))
-    }
-
-    #[inline(always)]
-    fn follow_frame_pointer(&mut self, memory: &impl Memory) -> Result<(), StackEnd> {
-        let bp = self.bp;
-        if bp == 0 {
-            return Err(StackEnd::Complete);
-        }
-        let broken = if self.by_frame_pointer != 0 {
-            StackEnd::BrokenChain
-        } else {
-            StackEnd::NoUnwindInfo
-        };
-        if bp < self.sp || bp & 7 != 0 {
-            return Err(broken);
-        }
-        let Some([saved, ip]) = memory.pair(bp) else {
-            return Err(broken);
-        };
-        if ip == 0 {
-            return Err(StackEnd::Complete);
-        }
-        if !follows_call(memory, ip) {
-            return Err(broken);
-        }
-        self.flags |= END_BY_FRAME_POINTER;
-        self.by_frame_pointer = 1;
-        self.sp = bp.wrapping_add(16);
-        self.bp = saved;
-        self.ip = ip;
-        Ok(())
-    }
-}
-
-/// Of `count` values from word `first` on, `stride` words apart and ascending: the number
-/// of the last that is not above `key`, or 0. Of each word `mask` is the value; neither it
-/// nor the key has the highest bit set. None if a word is not there.
-///
-/// Without a branch that depends on what is found: the verifier would follow both of
-/// each, and of each of the next.
-#[inline(always)]
-fn search(
-    memory: &impl Memory,
-    first: u32,
-    stride: u32,
-    count: u32,
-    steps: u32,
-    key: u64,
-    mask: u64,
-) -> Option<u32> {
-    let mut found = 0_u32;
-    let mut length = count;
-    let mut step = 0;
-    while step < steps {
-        let half = length >> 1;
-        let middle = found.wrapping_add(half);
-        let value = memory.word(first.wrapping_add(middle.wrapping_mul(stride)))? & mask;
-        let above = black_box((key.wrapping_sub(value) as i64 >> 63) as u32);
-        found = found.wrapping_add(half & !above);
-        length -= half;
-        step += 1;
-    }
-    Some(found)
-}
-
-/// Whether the instruction before `ip` can be a call: `e8` and 32 bits, or `ff /2` with
-/// any of its operands. Data that merely looks like an address is rarely behind one.
-#[inline(always)]
-fn follows_call(memory: &impl Memory, ip: u64) -> bool {
-    let Some(code) = memory.single(ip.wrapping_sub(8)) else {
-        return false;
-    };
-    // Byte n is the one at `ip - 8 + n`.
-    let indirect = |place: u32| {
-        let opcode = code >> (place * 8) & 0xff;
-        let operand = code >> (place * 8 + 8) & 0x38;
-        opcode == 0xff && operand == 0x10
-    };
-    code >> 24 & 0xff == 0xe8
-        || indirect(6)
-        || indirect(5)
-        || indirect(4)
-        || indirect(2)
-        || indirect(1)
-}
-
-/// Whether a signal handler returns to `ip`: `mov $15, %rax` or `%eax`, `syscall`, which
-/// is how C libraries call `rt_sigreturn`, with unwind information or without.
-#[inline(always)]
-fn is_sigreturn(memory: &impl Memory, ip: u64) -> bool {
-    let Some([low, high]) = memory.pair(ip) else {
-        return false;
-    };
-    (low == 0x0f00_0000_0fc0_c748 && high & 0xff == 0x05)
-        || low & 0x00ff_ffff_ffff_ffff == 0x0005_0f00_0000_0fb8
 }
 
 #[cfg(test)]
