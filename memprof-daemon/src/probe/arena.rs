@@ -1,5 +1,5 @@
 //! The words that unwind tables lie in, as BPF sees them: slabs, each a BPF array that
-//! is mapped here (`BPF_F_MMAPABLE`, Linux 5.5), in an array of maps.
+//! is mapped here, in an array of maps.
 //!
 //! A walk that is under way may still read what is given back here. So words that were
 //! given back rest for a while; before they are used again, a counter that each walk
@@ -8,9 +8,8 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, io,
+    fmt,
     os::fd::{AsFd as _, AsRawFd as _},
-    ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -20,7 +19,7 @@ use aya_obj::generated::bpf_map_type;
 use memprof_common::unwind::table::{MAX_SLABS, SLAB_WORDS};
 use thiserror::Error;
 
-use super::syscall::bpf;
+use super::{mapped::MappedArray, syscall::bpf};
 
 /// How long words rest: walks take microseconds, unless the task is preempted.
 const REST: Duration = Duration::from_secs(1);
@@ -52,7 +51,7 @@ pub struct Words {
 pub struct Arena {
     slabs_map: ArrayOfMaps<MapData>,
     reuses_map: Array<MapData, u64>,
-    slabs: Vec<Slab>,
+    slabs: Vec<MappedArray<AtomicU64>>,
     /// Free words: first to count. No two touch.
     free: BTreeMap<u32, u32>,
     /// Given back, the oldest first.
@@ -164,7 +163,7 @@ impl Arena {
             return Err(ArenaError::Full);
         }
         let map = create_slab()?;
-        let slab = Slab::map(&map)?;
+        let slab = MappedArray::new(&map, SLAB_WORDS as usize)?;
         // The outer map holds the slab from now on; so does the mapping.
         self.slabs_map.set(index, &map, 0)?;
         self.slabs.push(slab);
@@ -180,7 +179,9 @@ impl Arena {
             let count = left.len().min(SLAB_WORDS as usize - within);
             let (now, later) = left.split_at(count);
             if let Some(slab) = self.slabs.get((place / SLAB_WORDS) as usize) {
-                slab.fill(within, now);
+                for (to, &word) in slab.words().iter().skip(within).zip(now) {
+                    to.store(word, Ordering::Relaxed);
+                }
             }
             place = place.saturating_add(count as u32);
             left = later;
@@ -233,60 +234,6 @@ pub(super) fn create_slabs() -> Result<MapData, MapError> {
 
 fn create(attr: &MapCreate) -> Result<MapData, MapError> {
     MapData::from_fd(bpf(BPF_MAP_CREATE, attr)?)
-}
-
-/// A mapped slab.
-#[derive(Debug)]
-struct Slab {
-    words: NonNull<AtomicU64>,
-}
-
-const SLAB_BYTES: usize = SLAB_WORDS as usize * 8;
-
-// SAFETY: the mapping belongs to the process, not to a thread, and what is in it is
-// only accessed atomically.
-unsafe impl Send for Slab {}
-
-impl Slab {
-    fn map(map: &MapData) -> Result<Self, MapError> {
-        // SAFETY: a new mapping at a place of the kernel's choice touches no memory in
-        // use; it stays when the descriptor is closed.
-        let words = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                SLAB_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.fd().as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        if words == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error().into());
-        }
-        let words = NonNull::new(words.cast())
-            .ok_or_else(|| io::Error::other("mmap gave a null pointer"))?;
-        Ok(Self { words })
-    }
-
-    /// Writes words from the place `at` on; those beyond the slab are left out.
-    fn fill(&self, at: usize, words: &[u64]) {
-        let room = (SLAB_WORDS as usize).saturating_sub(at);
-        for (place, &word) in (at..).zip(words.iter().take(room)) {
-            // SAFETY: the place is within the mapping, which lives as long as `self`
-            // and is page-aligned.
-            let to = unsafe { self.words.add(place).as_ref() };
-            to.store(word, Ordering::Relaxed);
-        }
-    }
-}
-
-impl Drop for Slab {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and nobody has a reference any
-        // more.
-        unsafe { libc::munmap(self.words.as_ptr().cast(), SLAB_BYTES) };
-    }
 }
 
 impl fmt::Debug for Arena {

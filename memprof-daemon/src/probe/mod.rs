@@ -17,6 +17,7 @@ mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
+mod mapped;
 pub mod mode;
 pub mod object;
 mod occupancy;

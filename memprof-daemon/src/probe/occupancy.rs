@@ -1,29 +1,21 @@
-//! The table of where the live map has blocks, as BPF sees it: a BPF array mapped
-//! into the daemon (`BPF_F_MMAPABLE`, Linux 5.5), which counts down for the blocks
-//! that it takes out itself.
+//! The table of where the live map has blocks, as BPF sees it. It is mapped into the
+//! daemon, which counts down for the blocks that it takes out itself.
 
-use std::{
-    io,
-    os::fd::{AsFd as _, AsRawFd as _},
-    ptr::NonNull,
-    sync::atomic::{AtomicU32, Ordering},
-};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::maps::{Map, MapError};
 use memprof_common::{
     live::LiveKey,
-    occupancy::{Occupancy, occupancy_place},
+    occupancy::{OCCUPANCY_PLACES, occupancy_place},
 };
+
+use super::mapped::MappedArray;
 
 /// The mapped table.
 #[derive(Debug)]
 pub(super) struct OccupancyTable {
-    counts: NonNull<AtomicU32>,
+    counts: MappedArray<AtomicU32>,
 }
-
-// SAFETY: the mapping belongs to the process, not to a thread, and what is in it
-// is only accessed atomically.
-unsafe impl Send for OccupancyTable {}
 
 impl OccupancyTable {
     /// Maps the BPF array.
@@ -35,38 +27,15 @@ impl OccupancyTable {
         let Map::Array(data) = map else {
             return Err(MapError::InvalidMapType { map_type: 0 });
         };
-        if data.info()?.value_size() as usize != size_of::<Occupancy>() {
-            return Err(MapError::InvalidValueSize {
-                size: data.info()?.value_size() as usize,
-                expected: size_of::<Occupancy>(),
-            });
-        }
-        // SAFETY: a new mapping at a place of the kernel's choice touches no
-        // memory in use; it stays when the descriptor is closed.
-        let counts = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size_of::<Occupancy>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                data.fd().as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        if counts == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error().into());
-        }
-        let counts = NonNull::new(counts.cast())
-            .ok_or_else(|| io::Error::other("mmap gave a null pointer"))?;
+        let counts = MappedArray::new(data, OCCUPANCY_PLACES)?;
         Ok(Self { counts })
     }
 
     /// After a block was taken out of the live map.
     pub(super) fn leave(&self, key: &LiveKey) {
-        let place = occupancy_place(key);
-        // SAFETY: the place is within the mapping, which lives as long as `self`
-        // and is page-aligned.
-        let count = unsafe { self.counts.add(place).as_ref() };
+        let Some(count) = self.counts.words().get(occupancy_place(key)) else {
+            return;
+        };
         // It was counted, so it is not 0; if that were ever wrong, it must not
         // come round to four billion.
         let _ = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
@@ -75,19 +44,10 @@ impl OccupancyTable {
     }
 }
 
-impl Drop for OccupancyTable {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this length, and nobody has a reference
-        // any more.
-        unsafe { libc::munmap(self.counts.as_ptr().cast(), size_of::<Occupancy>()) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use aya::EbpfLoader;
-    use memprof_common::occupancy::OCCUPANCY_PLACES;
 
     /// Check that blocks are counted down where BPF counts them up, and that no
     /// count goes below 0. Needs root, as everything that loads BPF.
@@ -99,11 +59,11 @@ mod tests {
         let table = OccupancyTable::new(&map).unwrap();
         // Stands for BPF: the same memory at another address.
         let other = OccupancyTable::new(&map).unwrap();
-        // SAFETY: as in `leave`.
-        let count = |place| unsafe { other.counts.add(place).as_ref() };
+        let counts = other.counts.words();
         let sum = || -> u32 {
-            (0..OCCUPANCY_PLACES)
-                .map(|place| count(place).load(Ordering::Relaxed))
+            counts
+                .iter()
+                .map(|count| count.load(Ordering::Relaxed))
                 .sum()
         };
         let key = LiveKey {
@@ -112,14 +72,16 @@ mod tests {
             addr: 0x1000,
         };
         assert_eq!(sum(), 0);
-        count(occupancy_place(&key)).store(2, Ordering::Relaxed);
+        counts[occupancy_place(&key)].store(2, Ordering::Relaxed);
         table.leave(&key);
-        assert_eq!(count(occupancy_place(&key)).load(Ordering::Relaxed), 1);
+        assert_eq!(counts[occupancy_place(&key)].load(Ordering::Relaxed), 1);
         for _ in 0..3 {
             table.leave(&key);
         }
         assert_eq!(sum(), 0);
-        let slots = ebpf.take_map("SLOTS").expect("a map");
-        assert!(OccupancyTable::new(&slots).is_err());
+        for other in ["SLOTS", "TARGETS"] {
+            let map = ebpf.take_map(other).expect("a map");
+            assert!(OccupancyTable::new(&map).is_err(), "{other}");
+        }
     }
 }
