@@ -8,13 +8,14 @@ use aya_ebpf::{
 };
 use memprof_common::{
     counters::DropReason, function::Function, live::LiveValue, sampler::should_sample,
+    stack::StackKey,
 };
 
 use crate::{
     counters::count,
     hit::Hit,
     in_flight::{self, CALL_FREES, CALL_NESTS, InFlightCall, TakenBlock},
-    live, stack, totals,
+    live, stack, tail_calls, totals,
 };
 
 const MALLOC: u8 = Function::Malloc as u8;
@@ -130,15 +131,39 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
     }
 }
 
+/// A block to be put into the live map.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct SampledBlock {
+    address: u64,
+    size_bytes: u64,
+    sample_interval_bytes: u64,
+}
+
 /// At return: the block's address is known, and the stack is the caller's.
 #[inline(always)]
 pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
+    if let Some(block) = settle(ctx, hit) {
+        let stack = stack::capture(ctx, hit);
+        keep(hit, &block, stack);
+    }
+}
+
+/// As [`on_return`], by tail calls.
+#[inline(always)]
+pub(crate) fn on_return_by_tail_calls(ctx: &RetProbeContext, hit: &Hit) {
+    if let Some(block) = settle(ctx, hit) {
+        tail_calls::begin(ctx, hit, &block);
+    }
+}
+
+/// Ends the call in flight. The block that it has handed out, if that is sampled.
+#[inline(always)]
+fn settle(ctx: &RetProbeContext, hit: &Hit) -> Option<SampledBlock> {
     // SAFETY: the context is valid for this program's run.
     let stack_pointer = unsafe { (*ctx.regs).rsp };
     let thread = in_flight::current_thread();
-    let Some(call) = in_flight::leave(hit, thread, stack_pointer) else {
-        return;
-    };
+    let call = in_flight::leave(hit, thread, stack_pointer)?;
     let slot = hit.slot;
     let function = hit.cookie.function_code();
     let result: u64 = ctx.ret();
@@ -146,17 +171,17 @@ pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
     let addr = if function == POSIX_MEMALIGN {
         // Returns an `int`: the upper half of the register is anything.
         if result as u32 != 0 {
-            return;
+            return None;
         }
         if call.sample_interval_bytes == 0 {
-            return;
+            return None;
         }
         // SAFETY: reads the target's memory, and says so if that fails.
         match unsafe { bpf_probe_read_user(call.address as *const u64) } {
             Ok(addr) => addr,
             Err(_) => {
                 count(slot, DropReason::ResultUnreadable);
-                return;
+                return None;
             }
         }
     } else {
@@ -179,20 +204,29 @@ pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
         }
     }
     if addr == 0 {
-        return;
+        return None;
     }
     if call.sample_interval_bytes == 0 {
-        return;
+        return None;
     }
-    let stack = stack::capture(ctx, hit);
+    Some(SampledBlock {
+        address: addr,
+        size_bytes: call.size_bytes,
+        sample_interval_bytes: call.sample_interval_bytes,
+    })
+}
+
+/// Puts a block and its stack into the live map, and tells of it.
+#[inline(always)]
+pub(crate) fn keep(hit: &Hit, block: &SampledBlock, stack: StackKey) {
     let mut value = LiveValue {
         // SAFETY: takes nothing, returns a number.
         timestamp_ns: unsafe { bpf_ktime_get_ns() },
-        size_bytes: call.size_bytes,
-        sample_interval_bytes: call.sample_interval_bytes,
+        size_bytes: block.size_bytes,
+        sample_interval_bytes: block.sample_interval_bytes,
         stack,
         flags: 0,
-        function: u32::from(function),
+        function: u32::from(hit.cookie.function_code()),
     };
-    live::insert(slot, &hit.live_key(addr), &mut value);
+    live::insert(hit.slot, &hit.live_key(block.address), &mut value);
 }

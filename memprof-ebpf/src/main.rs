@@ -4,8 +4,8 @@
 //! Read it in the order of the data path: this file's entry points, then
 //! `alloc` (an allocating call from entry to return), `free`, and what they use:
 //! `hit` (whose call it is), `totals` (what every call adds to), `in_flight`
-//! (calls between entry and return), `stack` and `unwind`, `live` (sampled blocks not yet
-//! freed) and `emit` (the ring).
+//! (calls between entry and return), `stack` and `unwind`, `tail_calls` (the same for old
+//! kernels), `live` (sampled blocks not yet freed) and `emit` (the ring).
 //!
 //! Probe programs run in process context and can be preempted: by another task
 //! on the same CPU, never by themselves. So nothing here keeps state in per-CPU
@@ -32,6 +32,7 @@ mod maps;
 mod occupancy;
 mod stack;
 mod stack_copy;
+mod tail_calls;
 mod totals;
 mod unwind;
 
@@ -62,6 +63,24 @@ pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
     if let Some(hit) = Hit::new(ctx) {
         alloc::on_return(&RetProbeContext::new(ctx), &hit);
     }
+    0
+}
+
+/// As [`alloc_return`], for kernels without `bpf_loop`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn alloc_return_tail(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        alloc::on_return_by_tail_calls(&RetProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// What [`alloc_return_tail`] calls, and then itself.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn walk_on(ctx: *mut c_void) -> u32 {
+    tail_calls::go_on(ctx);
     0
 }
 

@@ -4,7 +4,7 @@
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use memprof_common::{
     config::TargetConfig,
@@ -84,6 +84,10 @@ pub(crate) static STACKS: HashMap<StackKey, StackRecord> =
 /// Where stacks are captured before they have a name.
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// The program that goes on with a walk, for kernels where tail calls walk.
+#[map]
+pub(crate) static WALK_ON: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// The words of unwind tables and lists of mappings. This is what it is called in the
 /// object; the daemon puts an array of maps in its place, which cannot be declared

@@ -18,6 +18,7 @@ use crate::{
     hit::Hit,
     maps::{SCRATCH, STACKS},
     stack_copy,
+    tail_calls::Turn,
     unwind::{self, Walking},
 };
 
@@ -30,11 +31,97 @@ const BUFFERS: usize = 4;
 #[repr(C)]
 pub(crate) struct Scratch {
     claimed: [u64; BUFFERS],
+    turns: [Turn; BUFFERS],
     walks: [Walking; BUFFERS],
     records: [StackRecord; BUFFERS],
 }
 
 const _: () = assert!(size_of::<Scratch>() <= 32 << 10, "per-CPU value limit");
+
+/// A claimed buffer. To be released on every path: nothing is dropped by itself where a
+/// tail call leaves.
+pub(crate) struct Buffer {
+    scratch: *mut Scratch,
+    index: usize,
+}
+
+impl Buffer {
+    /// Claims one, if one is free.
+    #[inline(always)]
+    pub(crate) fn claim() -> Option<Self> {
+        let scratch = SCRATCH.get_ptr_mut(0)?;
+        let mut index = 0;
+        while index < BUFFERS {
+            // SAFETY: the pointer is to a map value and the index is in bounds.
+            if unsafe { atomic::claim(&raw mut (*scratch).claimed[index]) } == 0 {
+                break;
+            }
+            index += 1;
+        }
+        Self::at(scratch, index)
+    }
+
+    /// The one that `thread` has claimed, and has written so.
+    #[inline(always)]
+    pub(crate) fn of(thread: u64) -> Option<Self> {
+        let scratch = SCRATCH.get_ptr_mut(0)?;
+        let mut index = 0;
+        while index < BUFFERS {
+            // SAFETY: as above. Volatile: tasks that this one has preempted write theirs.
+            if unsafe { (&raw const (*scratch).turns[index].owner).read_volatile() } == thread {
+                break;
+            }
+            index += 1;
+        }
+        Self::at(scratch, index)
+    }
+
+    /// The buffer at `index`, which the verifier is not to know: or it would look at all
+    /// that follows once for each.
+    #[inline(always)]
+    fn at(scratch: *mut Scratch, index: usize) -> Option<Self> {
+        if index >= BUFFERS {
+            return None;
+        }
+        // SAFETY: the pointer is to a map value and the index is in bounds; the claim
+        // makes this task the record's only user, so that both words are one.
+        let difference = unsafe {
+            let ours = &raw const (*scratch).records[index].depth;
+            ours.read_volatile().wrapping_sub(ours.read_volatile())
+        };
+        Some(Self {
+            scratch,
+            index: index.wrapping_add(difference as usize) & (BUFFERS - 1),
+        })
+    }
+
+    /// What programs of one walk tell each other.
+    #[inline(always)]
+    pub(crate) fn turn(&mut self) -> &mut Turn {
+        // SAFETY: the claim makes this task the only user, but for `owner`, which others
+        // read and compare with themselves.
+        unsafe { &mut (*self.scratch).turns[self.index] }
+    }
+
+    /// The walk and what it finds.
+    #[inline(always)]
+    pub(crate) fn walk(&mut self) -> (&mut Walking, &mut StackRecord) {
+        // SAFETY: the claim makes this task the only user.
+        unsafe {
+            (
+                &mut (*self.scratch).walks[self.index],
+                &mut (*self.scratch).records[self.index],
+            )
+        }
+    }
+
+    /// Gives it back.
+    #[inline(always)]
+    pub(crate) fn release(self) {
+        // SAFETY: as for the claim. A plain store of an aligned word.
+        unsafe { (&raw mut (*self.scratch).claimed[self.index]).write_volatile(0) };
+    }
+}
 
 /// Captures the stack and returns its name, [`StackKey::UNKNOWN`] if that
 /// failed; the cause is counted.
@@ -44,53 +131,37 @@ const _: () = assert!(size_of::<Scratch>() <= 32 << 10, "per-CPU value limit");
 /// At entry a frame-pointer walk skips the caller.
 #[inline(always)]
 pub(crate) fn capture(ctx: &RetProbeContext, hit: &Hit) -> StackKey {
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
-        return StackKey::UNKNOWN;
-    };
-    let mut index = 0;
-    while index < BUFFERS {
-        // SAFETY: the pointer is to a map value and the index is in bounds.
-        if unsafe { atomic::claim(&raw mut (*scratch).claimed[index]) } == 0 {
-            break;
-        }
-        index += 1;
-    }
-    if index >= BUFFERS {
+    let Some(mut buffer) = Buffer::claim() else {
         count(hit.slot, DropReason::ScratchBusy);
         return StackKey::UNKNOWN;
-    }
-    // SAFETY: the claim makes this task the walk's and the record's only user.
-    let index = unsafe { hide(index, &raw const (*scratch).records[index].depth) };
-    // SAFETY: as above.
-    let (walk, record) = unsafe { (&mut (*scratch).walks[index], &mut (*scratch).records[index]) };
-    let key = capture_into(ctx, hit, walk, record);
-    // SAFETY: as for the claim. A plain store of an aligned word.
-    unsafe { (&raw mut (*scratch).claimed[index]).write_volatile(0) };
+    };
+    let (walking, record) = buffer.walk();
+    let key = if !unwind::is_possible() || is_kernels(hit) {
+        ask_kernel(ctx, hit.target, record)
+    } else {
+        Some(unwind::walk(ctx, hit, walking, record))
+    };
+    let key = remember(ctx, hit, record, key);
+    buffer.release();
     key
 }
 
-/// `index`, of which the verifier does not know any more which it is: or it would look at
-/// all that follows once for each buffer. `ours` is a place that nobody else writes.
+/// Whether the kernel is to walk.
 #[inline(always)]
-unsafe fn hide(index: usize, ours: *const u32) -> usize {
-    // SAFETY: the caller's.
-    let (once, twice) = unsafe { (ours.read_volatile(), ours.read_volatile()) };
-    index.wrapping_add(once.wrapping_sub(twice) as usize) & (BUFFERS - 1)
+pub(crate) fn is_kernels(hit: &Hit) -> bool {
+    hit.target.unwind == Unwind::FramePointers as u32
 }
 
+/// Puts a captured stack, which is called `key`, into the map of stacks. Its name there;
+/// none has a name if it could not be captured.
 #[inline(always)]
-fn capture_into(
+pub(crate) fn remember(
     ctx: &RetProbeContext,
     hit: &Hit,
-    walk: &mut Walking,
-    record: &mut StackRecord,
+    record: &StackRecord,
+    key: Option<StackKey>,
 ) -> StackKey {
     let slot = hit.slot;
-    let key = if !unwind::is_possible() || hit.target.unwind == Unwind::FramePointers as u32 {
-        ask_kernel(ctx, hit.target, record)
-    } else {
-        Some(unwind::walk(ctx, hit, walk, record))
-    };
     let Some(key) = key else {
         count(slot, DropReason::StackUnreadable);
         return StackKey::UNKNOWN;
@@ -104,7 +175,7 @@ fn capture_into(
     if STACKS.get_ptr(key).is_some() {
         return key;
     }
-    if STACKS.insert(key, &*record, u64::from(BPF_NOEXIST)).is_err()
+    if STACKS.insert(key, record, u64::from(BPF_NOEXIST)).is_err()
         // Another CPU may have been faster.
         && STACKS.get_ptr(key).is_none()
     {
@@ -141,7 +212,7 @@ fn loss(end: u32) -> Option<DropReason> {
 
 /// Has the kernel follow frame pointers. None if it could not.
 #[inline(always)]
-fn ask_kernel(
+pub(crate) fn ask_kernel(
     ctx: &RetProbeContext,
     target: &TargetConfig,
     record: &mut StackRecord,

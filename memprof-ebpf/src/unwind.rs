@@ -57,7 +57,7 @@ impl Memory for Current {
 #[unsafe(no_mangle)]
 static HAS_LOOP: u8 = 0;
 
-/// Whether this kernel lets stacks be walked by tables.
+/// Whether this kernel lets stacks be walked in a loop.
 #[inline(always)]
 pub(crate) fn is_possible() -> bool {
     // SAFETY: a valid static; volatile, since the loader changes it.
@@ -72,13 +72,30 @@ pub(crate) struct Walking {
     hasher: StackHasher,
 }
 
+impl Walking {
+    /// Ends the walk, though there is another frame.
+    #[inline(always)]
+    pub(crate) fn cut(&mut self) {
+        self.walk.stopped = StackEnd::Truncated as u32;
+    }
+}
+
+/// What stays the same over a walk.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Plan {
+    mappings: MappingList,
+    /// [`reuses`] when it began.
+    reuses: u64,
+    most: u32,
+    frame_pointers: u32,
+}
+
 /// What each step of the loop is given.
 struct Steps {
     walking: *mut Walking,
     record: *mut StackRecord,
-    mappings: MappingList,
-    most: u32,
-    frame_pointers: u32,
+    plan: Plan,
 }
 
 /// Fills `record`, and returns its name.
@@ -89,6 +106,27 @@ pub(crate) fn walk(
     walking: &mut Walking,
     record: &mut StackRecord,
 ) -> StackKey {
+    let plan = begin(ctx, hit, walking);
+    let mut steps = Steps {
+        walking,
+        record,
+        plan,
+    };
+    // SAFETY: the callback takes what it is given here.
+    unsafe {
+        bpf_loop(
+            MAX_STACK_DEPTH as u32 + 1,
+            loop_step as *mut c_void,
+            (&raw mut steps).cast(),
+            0,
+        )
+    };
+    end(hit, walking, record, &plan)
+}
+
+/// Begins in the frame that the probed call returns to.
+#[inline(always)]
+pub(crate) fn begin(ctx: &RetProbeContext, hit: &Hit, walking: &mut Walking) -> Plan {
     let target = hit.target;
     // In this order: what the list leads to is in use when it is read, and stays as it
     // is until the count changes.
@@ -108,24 +146,50 @@ pub(crate) fn walk(
     };
     walking.walk.begin(ip, sp, bp);
     walking.hasher = StackHasher::new(target.stack_seed);
-    let mut steps = Steps {
-        walking,
-        record,
+    Plan {
         mappings: MappingList(mappings),
+        reuses,
         most: target.stack_depth,
         frame_pointers: u32::from(target.unwind == Unwind::Auto as u32),
+    }
+}
+
+/// One frame; not 0 ends the loop.
+unsafe extern "C" fn loop_step(_index: u32, steps: *mut Steps) -> u64 {
+    // SAFETY: `walk` gives what nobody else uses meanwhile.
+    let (walking, record, plan) = unsafe {
+        let steps = &*steps;
+        (&mut *steps.walking, &mut *steps.record, &steps.plan)
     };
-    // SAFETY: the callback takes what it is given here.
-    unsafe {
-        bpf_loop(
-            MAX_STACK_DEPTH as u32 + 1,
-            step as *mut c_void,
-            (&raw mut steps).cast(),
-            0,
-        )
-    };
+    u64::from(!step(walking, record, plan))
+}
+
+/// One frame. False if it was the last.
+#[inline(always)]
+pub(crate) fn step(walking: &mut Walking, record: &mut StackRecord, plan: &Plan) -> bool {
+    let walk = &mut walking.walk;
+    if !walk.frame(&Current, plan.mappings, plan.most) {
+        return false;
+    }
+    let index = walk.depth as usize;
+    if index >= MAX_STACK_DEPTH {
+        return false;
+    }
+    record.frames[index] = walk.ip;
+    walking.hasher.push(walk.ip);
+    walk.next(&Current, plan.mappings, plan.frame_pointers != 0)
+}
+
+/// The walk is over: completes `record`, and returns its name.
+#[inline(always)]
+pub(crate) fn end(
+    hit: &Hit,
+    walking: &mut Walking,
+    record: &mut StackRecord,
+    plan: &Plan,
+) -> StackKey {
     // What was read may have been another table's by then.
-    if self::reuses() != reuses {
+    if reuses() != plan.reuses {
         walking.walk.stopped = StackEnd::StaleTables as u32;
     }
     record.depth = walking.walk.depth;
@@ -134,26 +198,6 @@ pub(crate) fn walk(
         emit::unknown_code(hit, walking.walk.ip);
     }
     walking.hasher.finish(record.depth, record.end)
-}
-
-/// One frame; not 0 ends the loop.
-unsafe extern "C" fn step(_index: u32, steps: *mut Steps) -> u64 {
-    // SAFETY: `walk` gives what nobody else uses meanwhile.
-    let (steps, walking, record) = unsafe {
-        let steps = &*steps;
-        (steps, &mut *steps.walking, &mut *steps.record)
-    };
-    let walk = &mut walking.walk;
-    if !walk.frame(&Current, steps.mappings, steps.most) {
-        return 1;
-    }
-    let index = walk.depth as usize;
-    if index >= MAX_STACK_DEPTH {
-        return 1;
-    }
-    record.frames[index] = walk.ip;
-    walking.hasher.push(walk.ip);
-    u64::from(!walk.next(&Current, steps.mappings, steps.frame_pointers != 0))
 }
 
 #[inline(always)]

@@ -14,7 +14,7 @@ use memprof_common::{
 use crate::{
     config::{self, parse_interval},
     pipeline::tracer::TracerOptions,
-    probe::{loader::Sizes, mode::ModeChoice},
+    probe::{loader::Sizes, mode::ModeChoice, walker::Walker},
 };
 
 /// How to trace.
@@ -71,6 +71,10 @@ pub(super) struct TraceArgs {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = UnwindChoice::Auto, env = "MEMPROF_UNWIND")]
     unwind: UnwindChoice,
 
+    /// How BPF goes from frame to frame, for tests of what old kernels do
+    #[arg(long, value_name = "WAY", hide = true, env = "MEMPROF_WALK")]
+    walk: Option<Walker>,
+
     /// Write what each walk of a stack saw, for tests of the unwinder
     #[arg(long, value_name = "FILE", hide = true)]
     stack_copies: Option<PathBuf>,
@@ -112,6 +116,7 @@ impl TraceArgs {
             },
             probe_mode: self.probe,
             unwind: self.unwind.into(),
+            walker: self.walk,
             stack_copies: self.stack_copies.clone(),
             bpf_log: self.bpf_log,
         }

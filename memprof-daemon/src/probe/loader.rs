@@ -26,6 +26,7 @@ use super::{
     live_map::LiveMap,
     mode::{ModeChoice, Unsupported},
     programs::{ProgramLoadError, ProgramSet, Programs},
+    walker::{UnsupportedWalker, Walker},
 };
 
 /// The object that `cargo xtask ebpf` builds and `build.rs` vouches for.
@@ -73,6 +74,9 @@ pub enum LoadError {
     /// The way to attach that is wanted is not there.
     #[error(transparent)]
     Mode(#[from] Unsupported),
+    /// The way to walk that is wanted is not there.
+    #[error(transparent)]
+    Walker(#[from] UnsupportedWalker),
     /// A map is not what this daemon expects: object and daemon do not belong
     /// together.
     #[error("the BPF map `{name}` is missing or of another type")]
@@ -120,6 +124,8 @@ pub struct LoadOptions {
     pub sizes: Sizes,
     /// How the probes will be attached.
     pub mode: ModeChoice,
+    /// How stacks are walked; the best way that is there if none is named.
+    pub walker: Option<Walker>,
     /// Turns the diagnostics of the BPF side on; without it they cost nothing, since
     /// the verifier removes code behind a constant.
     pub bpf_log: bool,
@@ -134,6 +140,8 @@ const STACK_COPIES: u32 = 1024;
 pub struct Loaded {
     /// Its programs, loaded and attached to nothing but the tracepoints.
     pub prober: Prober,
+    /// How they walk stacks.
+    pub walker: Walker,
     /// Its maps.
     pub maps: Maps,
     /// Its log, if asked for.
@@ -164,6 +172,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
         ..
     } = *options;
     let mode = options.mode.resolve()?;
+    let walker = options.walker.unwrap_or_else(Walker::best).try_out(mode)?;
     let copies_bytes = if copy_stacks {
         (size_of::<StackCopy>() as u32 * STACK_COPIES).next_power_of_two()
     } else {
@@ -176,7 +185,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     };
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, false)
-        .override_global("HAS_LOOP", &u8::from(has_loop()), true)
+        .override_global("HAS_LOOP", &u8::from(walker == Walker::Loop), true)
         .override_global("COPY_STACKS", &u8::from(copy_stacks), true)
         .map_max_entries("STACK_COPIES", copies_bytes)
         .map_max_entries("EVENTS", sizes.ring_bytes)
@@ -190,8 +199,21 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     // Before the maps go to their owners: here they are all together.
     let slabs = arena::create_slabs().map_err(|error| map_error("ARENA", error))?;
     let others = [("ARENA", slabs.fd().as_fd())];
-    let programs = Programs::load(mode, ProgramSet::Tracing, OBJECT, &ebpf, &others)
-        .map_err(|(name, source)| LoadError::Program { name, source })?;
+    let load = |walker| {
+        Programs::load(mode, ProgramSet::Tracing(walker), OBJECT, &ebpf, &others)
+            .map(|programs| (programs, walker))
+            .map_err(|(name, source)| LoadError::Program { name, source })
+    };
+    let (programs, walker) = match load(walker) {
+        // Nobody has asked for tail calls, and there are programs without.
+        Err(error) if walker == Walker::TailCalls && options.walker.is_none() => {
+            // With the verifier's words, which are many.
+            tracing::debug!(?error, "tail calls are refused");
+            tracing::warn!(%error, "stacks are walked by frame pointers alone");
+            load(Walker::FramePointers)?
+        }
+        loaded => loaded?,
+    };
     let log = if bpf_log {
         Some(EbpfLogger::init(&mut ebpf).map_err(LoadError::Log)?)
     } else {
@@ -235,19 +257,10 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     }
     Ok(Loaded {
         prober: Prober::new(ebpf, programs, mode),
+        walker,
         maps,
         log,
     })
-}
-
-/// Whether the kernel has `bpf_loop` (Linux 5.17), which stacks are walked with.
-#[must_use]
-pub fn has_loop() -> bool {
-    aya::sys::is_helper_supported(
-        aya::programs::ProgramType::KProbe,
-        aya_obj::generated::bpf_func_id::BPF_FUNC_loop,
-    )
-    .unwrap_or(false)
 }
 
 fn typed<T>(name: &'static str, map: Map) -> Result<T, LoadError>

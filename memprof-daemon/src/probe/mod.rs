@@ -26,4 +26,6 @@ pub mod programs;
 pub mod requirements;
 pub mod seccomp;
 mod syscall;
+mod tail_calls;
 pub mod uprobe_multi;
+pub mod walker;

@@ -17,15 +17,17 @@ use thiserror::Error;
 
 use super::{
     mode::ProbeMode,
-    object::{AttachType, LoadError, Object},
+    object::{AttachType, LoadError, Object, map_fd},
+    tail_calls,
     uprobe_multi::{self, Place, ProbeOn},
+    walker::Walker,
 };
 
 /// Which programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProgramSet {
-    /// Those that trace.
-    Tracing,
+    /// Those that trace, and walk stacks in this way.
+    Tracing(Walker),
     /// Empty ones: what the traps alone cost.
     Empty,
     /// Empty ones that leave returns alone.
@@ -45,14 +47,18 @@ impl ProgramSet {
     const fn names(self, mode: ProbeMode) -> Names {
         let session = matches!(mode, ProbeMode::Session);
         match self {
-            Self::Tracing => Names {
+            Self::Tracing(walker) => Names {
                 free_entry: "free_entry",
                 alloc_entry: if session {
                     "alloc_session"
                 } else {
                     "alloc_entry"
                 },
-                alloc_return: if session { None } else { Some("alloc_return") },
+                alloc_return: match walker {
+                    _ if session => None,
+                    Walker::TailCalls => Some("alloc_return_tail"),
+                    Walker::Loop | Walker::FramePointers => Some("alloc_return"),
+                },
             },
             Self::Empty => Names {
                 free_entry: "empty_entry",
@@ -146,10 +152,24 @@ impl Programs {
         let object = Object::parse(object, ebpf, others)
             .map_err(|error| (names.alloc_entry, error.into()))?;
         let load = |name: &'static str, attach_type| {
-            object
+            let program = object
                 .load(name, attach_type)
-                .map_err(|error| (name, ProgramLoadError::from(error)))
+                .map_err(|error| (name, ProgramLoadError::from(error)))?;
+            if tracing::enabled!(tracing::Level::DEBUG) {
+                let instructions = told(&program, VERIFIED).ok();
+                tracing::debug!(name, instructions, "the verifier has passed a program");
+            }
+            Ok(program)
         };
+        if set == ProgramSet::Tracing(Walker::TailCalls) {
+            let name = tail_calls::WALK_ON;
+            let program = load(name, alloc_type)?;
+            ebpf.map(tail_calls::ARRAY)
+                .and_then(map_fd)
+                .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+                .and_then(|array| tail_calls::fill(array, program.as_fd()))
+                .map_err(|error| (name, ProgramLoadError::Array(error)))?;
+        }
         if mode == ProbeMode::Perf {
             let load = |name, kind| {
                 let program = load(name, AttachType::Perf)?;
@@ -260,11 +280,27 @@ pub enum ProgramLoadError {
     /// By us.
     #[error(transparent)]
     Multi(#[from] LoadError),
+    /// It is loaded, and no tail call will find it.
+    #[error("cannot put it into an array of programs")]
+    Array(#[source] io::Error),
+}
+
+/// A line of what the kernel says of a program's descriptor
+/// (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`): which of all programs it is ...
+const ID: &str = "prog_id:";
+/// ... and how many instructions the verifier has looked at, since Linux 5.16.
+const VERIFIED: &str = "verified_insns:";
+
+fn told(program: &OwnedFd, line: &str) -> io::Result<u32> {
+    let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+    fs::read_to_string(path)?
+        .lines()
+        .find_map(|text| text.strip_prefix(line)?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other(format!("no `{line}`")))
 }
 
 /// Hands a loaded program to aya, which attaches by perf event. aya knows programs by
-/// what the kernel says of them; the kernel says of a descriptor which that is in
-/// `/proc/self/fdinfo` (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`).
+/// what the kernel says of them.
 fn by_perf(
     program: &OwnedFd,
     name: &'static str,
@@ -273,12 +309,7 @@ fn by_perf(
     let lost = |what: String| {
         ProgramLoadError::from(LoadError::Object(format!("`{name}` is loaded, but {what}")))
     };
-    let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
-    let text = fs::read_to_string(path).map_err(|error| lost(error.to_string()))?;
-    let id: u32 = text
-        .lines()
-        .find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok())
-        .ok_or_else(|| lost("the kernel does not say as which".to_owned()))?;
+    let id = told(program, ID).map_err(|error| lost(error.to_string()))?;
     let info = loaded_programs()
         .filter_map(Result::ok)
         .find(|info| info.id() == id)
@@ -327,3 +358,7 @@ fn is_no_such_process(error: &(dyn std::error::Error + 'static)) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+#[path = "programs_tests.rs"]
+mod tests;

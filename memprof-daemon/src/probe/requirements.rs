@@ -4,7 +4,11 @@ use std::fs;
 
 use nix::unistd::geteuid;
 
-use super::{loader, mode::ProbeMode};
+use super::{
+    loader::{self, LoadError, LoadOptions, Loaded},
+    mode::ProbeMode,
+    walker::Walker,
+};
 
 /// One thing that memprof needs of its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,11 +59,13 @@ const CAPABILITIES: [(u32, &str, &str); 4] = [
 #[must_use]
 pub fn check_host() -> Vec<Requirement> {
     let mut requirements = check_before_start();
+    // The real thing: every map, every program, through the verifier.
+    let loaded = loader::load(&LoadOptions::default());
     requirements.extend([
         requirement("perf events", perf_events()),
-        requirement("BPF", bpf()),
+        requirement("BPF", bpf(&loaded)),
         requirement("probe modes", probe_modes()),
-        requirement("unwinding", unwinding()),
+        requirement("unwinding", unwinding(&loaded)),
     ]);
     requirements
 }
@@ -203,12 +209,11 @@ fn perf_events() -> State {
     }
 }
 
-fn bpf() -> State {
-    // The real thing: every map, every program, through the verifier.
-    match loader::load(&loader::LoadOptions::default()) {
+fn bpf(loaded: &Result<Loaded, LoadError>) -> State {
+    match loaded {
         Ok(_) => State::Met("memprof's programs load".to_owned()),
         Err(error) => State::unmet(
-            describe(&error),
+            describe(error),
             "run as root; check kernel.unprivileged_bpf_disabled, lockdown and seccomp filters",
         ),
     }
@@ -232,13 +237,20 @@ fn probe_modes() -> State {
     ))
 }
 
-/// Never unmet: the kernel can walk stacks itself, by frame pointers.
-fn unwinding() -> State {
-    State::Met(if loader::has_loop() {
-        "by unwind information".to_owned()
-    } else {
-        "by frame pointers alone: bpf_loop is missing (Linux 5.17)".to_owned()
-    })
+/// Never unmet if programs load: the kernel can walk stacks itself, by frame pointers.
+fn unwinding(loaded: &Result<Loaded, LoadError>) -> State {
+    match loaded.as_ref().map(|loaded| loaded.walker) {
+        Ok(Walker::Loop) => State::Met("by unwind information, in a loop".to_owned()),
+        Ok(Walker::TailCalls) => State::Met(
+            "by unwind information, by tail calls: bpf_loop is missing (Linux 5.17)".to_owned(),
+        ),
+        Ok(Walker::FramePointers) => State::Met(
+            "by frame pointers alone: bpf_loop is missing (Linux 5.17), and the kernel refuses \
+             the programs that do without"
+                .to_owned(),
+        ),
+        Err(_) => State::unmet("no program is loaded that could", "see what is said of BPF"),
+    }
 }
 
 /// An error with its causes, in one line.

@@ -7,9 +7,16 @@ use std::{
 
 /// bpf(2) with a command that makes a file descriptor.
 pub(super) fn bpf<T>(command: u32, attr: &T) -> io::Result<OwnedFd> {
+    let fd = bpf_number(command, attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// bpf(2) with any command; what it returns.
+pub(super) fn bpf_number<T>(command: u32, attr: &T) -> io::Result<RawFd> {
     // SAFETY: `attr` is as long as said, and the kernel reads it only; what it
     // points to is alive in the callers, who borrow it.
-    let fd = unsafe {
+    let number = unsafe {
         libc::syscall(
             libc::SYS_bpf,
             command,
@@ -17,12 +24,10 @@ pub(super) fn bpf<T>(command: u32, attr: &T) -> io::Result<OwnedFd> {
             size_of::<T>(),
         )
     };
-    if fd < 0 {
+    if number < 0 {
         return Err(io::Error::last_os_error());
     }
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    RawFd::try_from(number).map_err(io::Error::other)
 }
 
 /// An address for the kernel.

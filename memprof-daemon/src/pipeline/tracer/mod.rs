@@ -55,6 +55,7 @@ use crate::{
         live_map::LiveMap,
         loader::{self, LoadError, LoadOptions, Sizes},
         mode::{ModeChoice, ProbeMode},
+        walker::Walker,
     },
     ring::{
         events::EventRing,
@@ -77,6 +78,8 @@ pub struct TracerOptions {
     pub probe_mode: ModeChoice,
     /// How to walk stacks.
     pub unwind: Unwind,
+    /// How BPF goes from frame to frame; the best way if none is named.
+    pub walker: Option<Walker>,
     /// Where to write what each walk saw, for tests of the unwinder.
     pub stack_copies: Option<PathBuf>,
     /// Pass on the diagnostics of the BPF side.
@@ -316,6 +319,7 @@ impl Tracer {
             mode: options.probe_mode,
             bpf_log: options.bpf_log,
             copy_stacks: stack_copies.is_some(),
+            walker: options.walker,
         })?;
         let stack_copies = stack_copies
             .zip(loaded.maps.stack_copies)
