@@ -21,7 +21,8 @@ fn cargo(workspace: &Path) -> Command {
 }
 
 /// Every test: the unit tests, and the end-to-end tests as root, these once for
-/// each way to attach that the kernel has. `filter` is passed on to the latter.
+/// each way to attach that the kernel has, and those of the unwinder once more as on
+/// kernels without `bpf_loop`. `filter` is passed on to the end-to-end tests.
 ///
 /// # Errors
 ///
@@ -35,22 +36,37 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
     for mode in probe_modes(workspace)? {
         println!("\nEnd-to-end tests, probes attached by {mode}:");
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.current_dir(workspace).env(PROBE_MODE, &mode);
-        if !is_root()? {
-            command
-                .arg("--config")
-                .arg(sudo_runner(&[(PROBE_MODE, &mode)])?);
-        }
-        command.args(["test", "--package", "memprof-tests", "--no-fail-fast"]);
-        command.arg("--").arg(PARALLEL_TESTS).args(filter);
-        run(&mut command)?;
+        end_to_end(workspace, &[(PROBE_MODE, &mode)], &[], filter)?;
     }
-    Ok(())
+    println!("\nTests of the unwinder, stacks walked by tail calls:");
+    let variables = [(PROBE_MODE, "perf"), (WALK, "tail-calls")];
+    let tests = ["--test", "unwind", "--test", "unwind_oracle"];
+    end_to_end(workspace, &variables, &tests, filter)
+}
+
+/// End-to-end tests, with `variables` set.
+fn end_to_end(
+    workspace: &Path,
+    variables: &[(&str, &str)],
+    tests: &[&str],
+    filter: &[String],
+) -> Result<()> {
+    let mut command = cargo(workspace);
+    command.envs(variables.iter().copied());
+    if !is_root()? {
+        command.arg("--config").arg(sudo_runner(variables)?);
+    }
+    command
+        .args(["test", "--package", "memprof-tests", "--no-fail-fast"])
+        .args(tests);
+    command.arg("--").arg(PARALLEL_TESTS).args(filter);
+    run(&mut command)
 }
 
 /// How memprof is told to attach its probes.
 const PROBE_MODE: &str = "MEMPROF_PROBE";
+/// How it is told to walk stacks.
+const WALK: &str = "MEMPROF_WALK";
 
 /// The ways to attach that this kernel has, as the built memprof tells. Those it
 /// has not are named: they are not tested here.

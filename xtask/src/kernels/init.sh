@@ -5,15 +5,23 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
-for mode in session multi perf; do
-    echo "=== $mode"
+export MEMPROF_LOG=debug
+try() {
+    echo "=== $1"
     rm -f /tmp/profile.json
-    if memprof record --probe "$mode" -i 1 -f json -o /tmp/profile.json -- /bin/target 2>/tmp/errors; then
+    if memprof record -i 1 -f json -o /tmp/profile.json -- /bin/target 2>/tmp/errors; then
         cat /tmp/profile.json
         echo
+        echo "=== verified $1"
+        grep 'the verifier has passed' /tmp/errors
     else
         tail -n 40 /tmp/errors
     fi
+}
+for mode in session multi perf; do
+    MEMPROF_PROBE=$mode try "$mode"
 done >/dev/ttyS1
+# As on kernels without bpf_loop.
+MEMPROF_PROBE=perf MEMPROF_WALK=tail-calls try tail-calls >/dev/ttyS1
 echo "=== end" >/dev/ttyS1
 poweroff -f

@@ -1,4 +1,4 @@
-/* Allocates in two functions, in known numbers, and nothing else: no stdio. */
+/* Allocates in three functions, in known numbers, and nothing else: no stdio. */
 #include <stdlib.h>
 
 static void *volatile block;
@@ -17,8 +17,15 @@ __attribute__((noinline)) void churn_here(void) {
     }
 }
 
+/* Calls itself, and does something afterwards, so that each call has a frame. */
+__attribute__((noinline)) int deep_here(int calls) {
+    if (calls > 0) return deep_here(calls - 1) + 1;
+    block = malloc(16);
+    return 0;
+}
+
 int main(void) {
     keep_here();
     churn_here();
-    return 0;
+    return deep_here(99) != 99;
 }
