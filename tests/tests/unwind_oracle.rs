@@ -71,7 +71,8 @@ fn command(dir: &TempDir, interval: &str, name: &str, words: &[&str]) -> Summary
                     .is_ok_and(|status| status.contains(&format!("\nPPid:\t{}\n", recording.pid())))
             });
         for now in children.filter_map(maps_of) {
-            if now.contains(name) {
+            // Where a process ends while it is read, the rest is missing.
+            if now.contains(name) && now.contains("[stack]") {
                 maps = now;
             }
         }
