@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -13,7 +12,11 @@ use crate::{
         totals::ExactTotals,
     },
     ledger::StackSnapshot,
-    process::{info::ProcessInfo, mapping::MappingTable, perf_map::NamedMappings},
+    process::{
+        info::ProcessInfo,
+        mapping::MappingTable,
+        perf_map::{NamedMappings, PerfMap},
+    },
     symbolize::{
         trim::trim,
         worker::{SymbolizeError, SymbolizeHandle},
@@ -21,7 +24,7 @@ use crate::{
 };
 
 /// Everything a profile is made of, at one moment, without names.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Capture {
     /// When.
     pub captured_at: SystemTime,
@@ -38,7 +41,7 @@ pub struct Capture {
 }
 
 /// One process image in a [`Capture`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ImageCapture {
     /// Who.
     pub info: ProcessInfo,
@@ -55,7 +58,7 @@ pub struct ImageCapture {
     /// Its mappings.
     pub mappings: MappingTable,
     /// Where it names the code that it has made at run time.
-    pub perf_map: Option<Arc<File>>,
+    pub perf_map: Option<Arc<PerfMap>>,
     /// Its counters.
     pub stacks: Vec<StackSnapshot>,
 }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fs::File,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,7 +25,7 @@ use crate::{
     process::{
         info::{ProcessError, ProcessInfo},
         mapping::MappingTable,
-        perf_map,
+        perf_map::{self, PerfMap},
     },
     ring::mmap_events::MmapEvent,
     sample::ImageId,
@@ -92,7 +91,7 @@ pub(super) struct Image {
     pub(super) info: ProcessInfo,
     pub(super) mappings: MappingTable,
     /// Where it names the code that it makes at run time, once there is such.
-    pub(super) perf_map: Option<Arc<File>>,
+    pub(super) perf_map: Option<Arc<PerfMap>>,
     /// The last reading.
     pub(super) memory: Option<ProcessMemory>,
     /// Exact totals.
