@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs::File,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    os::unix::fs::FileExt as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
@@ -14,6 +14,7 @@ use crate::{
     address::VirtOffset,
     probe::arena::{Arena, ArenaError, Words},
     process::{
+        content::Content,
         elf::{ElfLayout, Segment},
         mapping::{MappedFile, Mapping},
         maps::read_maps,
@@ -45,31 +46,6 @@ pub(super) struct LoadedTable {
 impl Drop for LoadedTable {
     fn drop(&mut self) {
         lock(&self.arena).give_back(self.words);
-    }
-}
-
-/// What makes files one to us: a build id names the content, and with the size it
-/// cannot be mistaken by accident.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Content {
-    BuildId(Vec<u8>, u64),
-    /// Device, inode, size, and time of change.
-    File(u64, u64, u64, i64, i64),
-}
-
-impl Content {
-    fn of(file: &MappedFile, open: &File) -> Option<Self> {
-        let metadata = open.metadata().ok()?;
-        Some(match &file.build_id {
-            Some(id) if !id.is_empty() => Self::BuildId(id.clone(), metadata.len()),
-            _ => Self::File(
-                metadata.dev(),
-                metadata.ino(),
-                metadata.len(),
-                metadata.ctime(),
-                metadata.ctime_nsec(),
-            ),
-        })
     }
 }
 
@@ -110,7 +86,7 @@ impl TableStore {
         let Some(open) = &file.file else {
             return FileTable::Missing;
         };
-        let Some(content) = Content::of(file, open) else {
+        let Ok(content) = Content::of(open, file.build_id.as_deref()) else {
             return FileTable::Missing;
         };
         let entry = self.entry(content);

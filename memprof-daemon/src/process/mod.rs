@@ -1,5 +1,6 @@
 //! Processes: what they map, who they are, when they end.
 
+pub mod content;
 pub mod elf;
 pub mod exit;
 pub mod files;
