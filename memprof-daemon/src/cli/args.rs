@@ -173,6 +173,14 @@ pub(super) fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
     std::time::Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
+/// As [`parse_seconds`], and 0.
+pub(super) fn parse_wait(text: &str) -> Result<std::time::Duration, String> {
+    match text.trim() {
+        "0" | "0s" => Ok(std::time::Duration::ZERO),
+        text => parse_seconds(text),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,5 +225,8 @@ mod tests {
         for text in ["0", "-1", "inf", "NaN", "x", ""] {
             assert!(parse_seconds(text).is_err(), "{text}");
         }
+        assert_eq!(parse_wait("0"), Ok(std::time::Duration::ZERO));
+        assert_eq!(parse_wait("1.5"), parse_seconds("1.5"));
+        assert!(parse_wait("-1").is_err());
     }
 }

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{
     args::{TraceArgs, parse_seconds},
+    names::NamesArgs,
     record::announce,
     signals::Interrupts,
     socket::{DEFAULT_SOCKET, Socket},
@@ -18,7 +19,6 @@ use crate::{
         service::Service,
         tracer::Tracer,
     },
-    symbolize::worker::SymbolizeHandle,
 };
 
 /// Trace processes until SIGINT or SIGTERM, and answer on a socket.
@@ -62,6 +62,9 @@ pub(super) struct DaemonArgs {
     dump_format: Format,
 
     #[command(flatten)]
+    names: NamesArgs,
+
+    #[command(flatten)]
     trace: TraceArgs,
 }
 
@@ -85,6 +88,7 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
         }
         _ => None,
     };
+    let symbolizer = args.names.start()?;
     let (socket, listener) = Socket::bind(&args.socket)?;
     let tracer = Tracer::start(args.trace.options())?;
     for &pid in &args.pids {
@@ -105,7 +109,7 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
     }
     let service = Service {
         tracer: tracer.clone(),
-        symbolizer: SymbolizeHandle::start()?,
+        symbolizer,
     };
     let server = tokio::spawn({
         let router = router(service.clone());

@@ -6,6 +6,7 @@ mod client;
 mod config;
 mod daemon;
 mod dump;
+mod names;
 mod output;
 mod record;
 mod signals;

@@ -15,9 +15,11 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use tokio::sync::Notify;
 
 use super::{
-    args::{TraceArgs, parse_seconds},
+    args::{TraceArgs, parse_seconds, parse_wait},
+    names::{NamesArgs, Wait, name_last},
     output::{Output, format_for},
     signals::{Interrupt, Interrupts},
 };
@@ -29,7 +31,6 @@ use crate::{
         tracer::{Tracer, TracerHandle},
     },
     probe::launch::{Launched, exit_code, launch},
-    symbolize::worker::SymbolizeHandle,
 };
 
 /// Record a profile of running processes, or of a command.
@@ -65,6 +66,19 @@ pub(super) struct RecordArgs {
     format: Option<Format>,
 
     #[command(flatten)]
+    names: NamesArgs,
+
+    /// At the end, wait that long for what is being downloaded; 0 not at all
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "10",
+        requires = "debuginfod",
+        value_parser = parse_wait
+    )]
+    debuginfod_wait: Duration,
+
+    #[command(flatten)]
     trace: TraceArgs,
 
     /// Command to trace from its first allocation
@@ -81,8 +95,8 @@ pub(super) fn run(args: RecordArgs) -> anyhow::Result<ExitCode> {
 
 async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::new().context("cannot catch signals")?;
+    let symbolizer = args.names.start()?;
     let tracer = Tracer::start(args.trace.options())?;
-    let symbolizer = SymbolizeHandle::start()?;
     let service = Service {
         tracer: tracer.clone(),
         symbolizer,
@@ -108,8 +122,13 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     }
 
     let format = format_for(args.format, args.output.as_deref());
-    let finish = finish(&service, output, format);
-    let written = unless_interrupted(finish, &mut interrupts).await;
+    let hurry = Notify::new();
+    let wait = Wait {
+        limit: args.debuginfod_wait,
+        hurry: &hurry,
+    };
+    let finish = finish(&service, output, format, wait);
+    let written = unless_interrupted(finish, &mut interrupts, &hurry).await;
     if let Some(mut command) = command {
         // It goes on untraced if the recording was shorter than its life.
         let code = command.exit_code(&mut interrupts).await;
@@ -122,7 +141,12 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
 }
 
 /// Captures, names and writes the profile, and takes the probes off.
-async fn finish(service: &Service, output: Output, format: Format) -> anyhow::Result<()> {
+async fn finish(
+    service: &Service,
+    output: Output,
+    format: Format,
+    wait: Wait<'_>,
+) -> anyhow::Result<()> {
     let capture = service
         .tracer
         .capture(None)
@@ -131,7 +155,7 @@ async fn finish(service: &Service, output: Output, format: Format) -> anyhow::Re
     // Naming may take a while; the targets should not pay for it.
     service.tracer.stop().await;
     let samples = capture.samples();
-    let profile = capture.symbolize(&service.symbolizer).await?;
+    let profile = name_last(capture, &service.symbolizer, wait).await?;
     let shown = output.is_standard();
     let losses = losses_in_words(&profile);
     let name = output.name();
@@ -230,10 +254,12 @@ async fn sleep(duration: Option<Duration>) {
     }
 }
 
-/// Lets `work` end; from the third signal on it may be given up.
+/// Lets `work` end, and tells it to hurry at the next signal; from the third on it may be
+/// given up.
 async fn unless_interrupted<T>(
     work: impl Future<Output = anyhow::Result<T>>,
     interrupts: &mut Interrupts,
+    hurry: &Notify,
 ) -> anyhow::Result<T> {
     tokio::pin!(work);
     let mut warned = false;
@@ -245,6 +271,7 @@ async fn unless_interrupted<T>(
                     anyhow::bail!("given up; no profile was written");
                 }
                 warned = true;
+                hurry.notify_one();
                 eprintln!("memprof: writing the profile; interrupt again to give it up");
             }
         }

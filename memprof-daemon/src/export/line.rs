@@ -4,7 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use crate::{
     address::FileOffset,
-    process::mapping::MappedFile,
+    process::{debug_info::hex, mapping::MappedFile},
     symbolize::frame::{Frame, FrameName, FunctionLine, UnknownReason},
 };
 
@@ -103,13 +103,5 @@ pub(crate) fn module_basename(frame: &Frame) -> Option<Cow<'_, str>> {
 
 /// The build id of the file that the frame is in, in hexadecimal.
 pub(crate) fn build_id(file: &MappedFile) -> Option<String> {
-    use std::fmt::Write as _;
-
-    let build_id = file.build_id.as_ref()?;
-    let mut text = String::with_capacity(2 * build_id.len());
-    for byte in build_id {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    Some(text)
+    file.build_id.as_deref().map(hex)
 }

@@ -18,7 +18,10 @@ use crate::{
         totals::{CallTotals, ExactTotals, SizeClass},
     },
     ledger::snapshot::StackCounters,
-    process::mapping::{MappedFile, Mapping},
+    process::{
+        debug_info::DebugInfo,
+        mapping::{MappedFile, Mapping},
+    },
     symbolize::frame::{Frame, FrameName, FunctionLine, UnknownReason},
 };
 
@@ -191,7 +194,7 @@ fn mapping(path: impl Into<PathBuf>, build_id: Option<Vec<u8>>, start: u64) -> A
             device: 1,
             inode: start,
             build_id,
-            debug_file: None,
+            debug_info: DebugInfo::Missing,
             file: None,
         })),
     })

@@ -45,7 +45,15 @@ impl Backend for Service {
 
     async fn stats(&self) -> Result<serde_json::Value, BackendError> {
         let stats = self.tracer.stats().await.ok_or(BackendError::Ended)?;
-        serde_json::to_value(stats).map_err(|error| BackendError::Failed(error.to_string()))
+        let failed = |error: serde_json::Error| BackendError::Failed(error.to_string());
+        let mut stats = serde_json::to_value(stats).map_err(failed)?;
+        if let Some(debuginfod) = self.symbolizer.debuginfod()
+            && let Some(stats) = stats.as_object_mut()
+        {
+            let counts = serde_json::to_value(debuginfod.counts()).map_err(failed)?;
+            stats.insert("debuginfod".to_owned(), counts);
+        }
+        Ok(stats)
     }
 
     async fn config(&self) -> Result<Config, BackendError> {

@@ -1,5 +1,7 @@
 use super::*;
-use crate::process::{files::FileStore, mapping::Mapping, maps::read_mappings};
+use crate::process::{
+    debug_info::DebugInfo, files::FileStore, mapping::Mapping, maps::read_mappings,
+};
 use std::{fs, path::Path, process::Command};
 
 fn mapped(path: &Path) -> Arc<MappedFile> {
@@ -10,7 +12,7 @@ fn mapped(path: &Path) -> Arc<MappedFile> {
         device: metadata.dev(),
         inode: metadata.ino(),
         build_id: None,
-        debug_file: None,
+        debug_info: DebugInfo::Missing,
         file: Some(file),
     })
 }

@@ -16,6 +16,7 @@ use std::{
 };
 
 use super::{
+    debug_info::{DebugInfo, Wanted},
     elf::ElfLayout,
     mapping::MappedFile,
     maps::{self, MapsEntry},
@@ -48,7 +49,7 @@ impl FileStore {
                     inode: entry.inode,
                     build_id: None,
                     file: None,
-                    debug_file: None,
+                    debug_info: DebugInfo::Missing,
                 })
             }
         }
@@ -61,16 +62,19 @@ impl FileStore {
             return Ok(known);
         }
         // Outside the lock: this reads the file, and other files need not wait.
-        let build_id = ElfLayout::read(&file)
-            .ok()
-            .and_then(|layout| layout.build_id(&file));
+        let layout = ElfLayout::read(&file).unwrap_or_default();
+        let build_id = layout.build_id(&file);
+        let wanted = Wanted {
+            file: &file,
+            layout: &layout,
+            build_id: build_id.as_deref(),
+            path: &entry.path,
+        };
         let opened = Arc::new(MappedFile {
             path: entry.path.clone(),
             device: key.0,
             inode: key.1,
-            debug_file: build_id
-                .as_deref()
-                .and_then(|build_id| open_debug_file(pid, build_id)),
+            debug_info: wanted.find(pid),
             build_id,
             file: Some(file),
         });
@@ -163,23 +167,6 @@ fn open_link(pid: u32, entry: &MapsEntry) -> io::Result<File> {
         return Err(io::Error::other("the address range maps another file now"));
     }
     Ok(file)
-}
-
-/// The file that distributions put debug information into, for the file with this build
-/// id: where the target looks for it, or where we do. It must have the build id itself.
-fn open_debug_file(pid: u32, build_id: &[u8]) -> Option<File> {
-    let hex: String = build_id.iter().map(|byte| format!("{byte:02x}")).collect();
-    let (first, rest) = hex.split_at_checked(2)?;
-    let path = format!("usr/lib/debug/.build-id/{first}/{rest}.debug");
-    [format!("/proc/{pid}/root"), "/".to_owned()]
-        .iter()
-        .filter_map(|root| open_below(Path::new(root), Path::new(&path)).ok())
-        .find(|file| {
-            ElfLayout::read(file)
-                .ok()
-                .and_then(|layout| layout.build_id(file))
-                .is_some_and(|id| id == build_id)
-        })
 }
 
 /// Opens a regular file below a root directory for reading, as a process with that root

@@ -2,6 +2,7 @@
 
 use std::{fs::File, path::PathBuf, sync::Arc};
 
+use super::debug_info::DebugInfo;
 use crate::address::{AbsAddr, FileOffset};
 
 /// An ELF file that some process maps, held open: so that it can be read after
@@ -18,9 +19,9 @@ pub struct MappedFile {
     pub build_id: Option<Vec<u8>>,
     /// The open file; none if it could not be opened.
     pub file: Option<File>,
-    /// The file with its debug information, found by build id where the target looks for
-    /// it: opened now, since later the target may be gone.
-    pub debug_file: Option<File>,
+    /// Where its debug information is: found when the file was opened, since later the
+    /// target may be gone.
+    pub debug_info: DebugInfo,
 }
 
 /// An executable mapping of a file.

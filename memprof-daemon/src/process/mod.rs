@@ -1,6 +1,7 @@
 //! Processes: what they map, who they are, when they end.
 
 pub mod content;
+pub mod debug_info;
 pub mod elf;
 pub mod exit;
 pub mod files;

@@ -4,11 +4,11 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     address::FileOffset,
-    symbolize::{frame::FrameName, resolve::FileKey},
+    symbolize::{frame::FrameName, names::NamedFile},
 };
 
 /// A place in a file, whatever process maps it.
-pub(crate) type Place = (FileKey, FileOffset);
+pub(crate) type Place = (NamedFile, FileOffset);
 
 /// Names by place.
 ///
@@ -64,7 +64,13 @@ mod tests {
     use crate::symbolize::frame::UnknownReason;
 
     fn place(offset: u64) -> Place {
-        (FileKey::default(), FileOffset(offset))
+        let own = std::fs::File::open("/proc/self/exe").unwrap();
+        let content = crate::process::content::Content::of(&own, None).unwrap();
+        let file = NamedFile {
+            content,
+            debug: None,
+        };
+        (file, FileOffset(offset))
     }
 
     fn name() -> Arc<FrameName> {

@@ -12,11 +12,11 @@ use crate::{
 /// into.
 #[derive(Clone, Debug)]
 pub struct Frame {
-    /// The call site, not the return address.
+    /// The instruction that it stands at: the call, not the return address.
     pub address: AbsAddr,
     /// Where it is mapped from, if anywhere known.
     pub mapping: Option<Arc<Mapping>>,
-    /// The call site's place in the mapping's file.
+    /// The instruction's place in the mapping's file.
     pub file_offset: Option<FileOffset>,
     /// Its name.
     pub name: FrameName,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    address::{AbsAddr, FileOffset, FrameAddress},
+    address::{AbsAddr, FileOffset},
     process::mapping::{MappedFile, Mapping},
     symbolize::frame::UnknownReason,
 };
@@ -17,7 +17,7 @@ pub enum Normalized {
         mapping: Arc<Mapping>,
         /// The mapping's file.
         file: Arc<MappedFile>,
-        /// The call site's place in the file.
+        /// The instruction's place in the file.
         file_offset: FileOffset,
     },
     /// In no file: no name can be had.
@@ -29,21 +29,16 @@ pub enum Normalized {
     },
 }
 
-/// Finds the place in a file that a frame of a stack was called from.
+/// Finds the place in a file of the instruction that a frame of a stack stands at.
 ///
-/// The call site is looked up, not the return address: after a call that never
-/// returns, the return address can be the first byte of the next function, or
-/// of the next mapping.
+/// That is the call, not the return address: after a call that never returns, the return
+/// address can be the first byte of the next function, or of the next mapping.
 #[must_use]
-pub fn normalize(
-    address: FrameAddress,
-    lookup: impl Fn(AbsAddr) -> Option<Arc<Mapping>>,
-) -> Normalized {
-    let call_site = address.call_site();
-    let held = lookup(call_site)
-        .filter(|mapping| mapping.start <= call_site && call_site < mapping.end)
+pub fn normalize(address: AbsAddr, lookup: impl Fn(AbsAddr) -> Option<Arc<Mapping>>) -> Normalized {
+    let held = lookup(address)
+        .filter(|mapping| mapping.start <= address && address < mapping.end)
         .and_then(|mapping| {
-            let into_mapping = call_site.0.checked_sub(mapping.start.0)?;
+            let into_mapping = address.0.checked_sub(mapping.start.0)?;
             let file_offset = mapping.file_offset.0.checked_add(into_mapping)?;
             Some((mapping, FileOffset(file_offset)))
         });
@@ -78,6 +73,7 @@ fn reason_without_file(name: &str) -> UnknownReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{address::FrameAddress, process::debug_info::DebugInfo};
 
     fn mapping(name: &str, with_file: bool) -> Arc<Mapping> {
         Arc::new(Mapping {
@@ -90,7 +86,7 @@ mod tests {
                     device: 1,
                     inode: 2,
                     build_id: None,
-                    debug_file: None,
+                    debug_info: DebugInfo::Missing,
                     file: None,
                 })
             }),
@@ -99,9 +95,12 @@ mod tests {
     }
 
     fn normalize_in(mapping: &Arc<Mapping>, return_address: u64) -> Normalized {
-        normalize(FrameAddress(AbsAddr(return_address)), |address| {
-            (mapping.start <= address && address < mapping.end).then(|| Arc::clone(mapping))
-        })
+        normalize(
+            FrameAddress(AbsAddr(return_address)).call_site(),
+            |address| {
+                (mapping.start <= address && address < mapping.end).then(|| Arc::clone(mapping))
+            },
+        )
     }
 
     fn reason(normalized: &Normalized) -> Option<UnknownReason> {
@@ -159,9 +158,7 @@ mod tests {
     #[test]
     fn distrusts_the_lookup() {
         let elsewhere = mapping("/bin/true", true);
-        let normalized = normalize(FrameAddress(AbsAddr(0x10)), |_| {
-            Some(Arc::clone(&elsewhere))
-        });
+        let normalized = normalize(AbsAddr(0x10), |_| Some(Arc::clone(&elsewhere)));
         assert_eq!(reason(&normalized), Some(UnknownReason::Unmapped));
 
         let mut overflowing = Mapping::clone(&elsewhere);

@@ -2,16 +2,10 @@
 //!
 //! The file is read through the descriptor that was opened while the target ran
 //! it, as `/proc/self/fd/N`: its path may by now be another file, or name one in
-//! another mount namespace. blazesym canonicalizes that path, which gives the
-//! path the file was opened by, so debug files are found next to it as well.
-//!
-//! Where debug information is looked for, when the file has a `.gnu_debuglink`:
-//! the build id below `/usr/lib/debug`, the link's name in there, in the
-//! original directory and in its `.debug`. blazesym compares the checksum, so
-//! another namespace's file of the same name is never taken for it. Without a link, by
-//! build id, also in the target's mount namespace, and in `.gnu_debugdata`: see
-//! `separate`. Not found are `.dwp` packages and anything by debuginfod. Names
-//! then come from the symbol tables, without lines.
+//! another mount namespace. docs/symbols.md has the order in which names are looked for.
+//! Links from file to file are followed before blazesym sees the file, since it opens
+//! whatever they name: where there is one that leads elsewhere, it is told to read symbols
+//! only.
 //!
 //! Files are hostile until proven otherwise: blazesym can panic on a malformed
 //! one, and that is caught. Two things cannot be caught, and end the process: a
@@ -22,10 +16,7 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::{FileExt as _, MetadataExt as _},
-    },
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -33,7 +24,7 @@ use std::{
 
 use blazesym::symbolize::{
     CodeInfo, Input, Reason, Sym, Symbolized, Symbolizer,
-    source::{Elf, Source},
+    source::{Elf, Source as ElfSource},
 };
 
 use super::{
@@ -42,59 +33,31 @@ use super::{
 };
 use crate::{
     address::FileOffset,
-    process::{elf::ElfLayout, mapping::MappedFile},
-    symbolize::frame::{FrameName, FunctionLine, UnknownReason},
+    process::{debug_info::leads_nowhere_else, elf::ElfLayout, mapping::MappedFile},
+    symbolize::{
+        frame::{FrameName, FunctionLine, UnknownReason},
+        names::{NamedFile, Source},
+    },
 };
 
 /// How many files stay parsed. Names that were found are cached elsewhere; this
 /// saves parsing only for new places in the same files.
 const PARSED_FILES: usize = 32;
 
-/// Where distributions put debug files.
+/// Where distributions put what several debug files share (`.gnu_debugaltlink`).
 const DEBUG_DIRECTORIES: [&str; 2] = ["/usr/lib/debug", "/lib/debug"];
-
-/// A file's content, as far as the file system can tell: equal keys, equal
-/// names. Of the open file, since a path can be another file by now; with its
-/// change time, since inode numbers are used again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FileKey {
-    device: u64,
-    inode: u64,
-    size_bytes: u64,
-    changed_s: i64,
-    changed_ns: i64,
-}
-
-impl FileKey {
-    /// The key of an open regular file.
-    ///
-    /// # Errors
-    ///
-    /// If the file's metadata cannot be read, or it is not a regular file.
-    pub fn of(file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("not a regular file"));
-        }
-        Ok(Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size_bytes: metadata.len(),
-            changed_s: metadata.ctime(),
-            changed_ns: metadata.ctime_nsec(),
-        })
-    }
-}
 
 /// One file with what blazesym parsed of it. A symbolizer a file, so that one
 /// can be dropped without the others, and each has its own debug directories.
 struct ParsedFile {
-    key: FileKey,
+    key: NamedFile,
     /// Keeps the descriptor open that the symbolizer's path goes through.
     _file: Arc<MappedFile>,
     path: PathBuf,
     /// What it has elsewhere, and where its code belongs in memory.
     separate: Vec<Separate>,
+    /// Its own debug information may be read.
+    has_lines: bool,
     layout: ElfLayout,
     symbolizer: Symbolizer,
 }
@@ -123,30 +86,31 @@ impl Resolver {
     }
 
     /// Names places in one file: as many names as offsets, in their order.
-    pub fn resolve(&mut self, file: &Arc<MappedFile>, offsets: &[FileOffset]) -> Vec<FrameName> {
-        self.try_resolve(file, offsets)
+    pub fn resolve(&mut self, source: &Source, offsets: &[FileOffset]) -> Vec<FrameName> {
+        self.try_resolve(source, offsets)
             .unwrap_or_else(|reason| vec![FrameName::Unknown(reason); offsets.len()])
     }
 
     fn try_resolve(
         &mut self,
-        file: &Arc<MappedFile>,
+        source: &Source,
         offsets: &[FileOffset],
     ) -> Result<Vec<FrameName>, UnknownReason> {
+        let file = &source.file;
         let open = file.file.as_ref().ok_or(UnknownReason::FileUnreadable)?;
-        let key = FileKey::of(open).map_err(|_| UnknownReason::FileUnreadable)?;
         check_magic(open)?;
 
-        let parsed = self.take(key).unwrap_or_else(|| {
+        let parsed = self.take(source.key).unwrap_or_else(|| {
             // A file that is damaged here may have names all the same.
             let layout = ElfLayout::read(open).unwrap_or_default();
             ParsedFile {
-                key,
+                key: source.key,
                 _file: Arc::clone(file),
                 path: PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd())),
-                separate: separate::find(file, open, &layout),
+                separate: separate::find(source, open, &layout),
+                has_lines: leads_nowhere_else(open, &layout),
                 layout,
-                symbolizer: new_symbolizer(&file.path),
+                symbolizer: new_symbolizer(),
             }
         });
         // After a panic the symbolizer is dropped, so nobody sees what it left.
@@ -164,14 +128,14 @@ impl Resolver {
                 debug_syms: false,
                 layout: None,
             };
-            name_missing(&new_symbolizer(&file.path), &source, offsets, &mut names);
+            name_missing(&new_symbolizer(), &source, offsets, &mut names);
             finish(names)
         })
         .map_err(|_| UnknownReason::NotElf)
     }
 
     /// Takes the file out, if it is parsed.
-    fn take(&mut self, key: FileKey) -> Option<ParsedFile> {
+    fn take(&mut self, key: NamedFile) -> Option<ParsedFile> {
         let place = self.parsed.iter().position(|parsed| parsed.key == key)?;
         Some(self.parsed.remove(place))
     }
@@ -196,14 +160,7 @@ fn check_magic(file: &File) -> Result<(), UnknownReason> {
     }
 }
 
-/// A symbolizer for the file that the target sees at `path`.
-fn new_symbolizer(path: &Path) -> Symbolizer {
-    let beside = path.parent().filter(|directory| directory.is_absolute());
-    let directories = DEBUG_DIRECTORIES
-        .iter()
-        .map(PathBuf::from)
-        .chain(beside.map(Path::to_path_buf))
-        .chain(beside.map(|directory| directory.join(".debug")));
+fn new_symbolizer() -> Symbolizer {
     Symbolizer::builder()
         .enable_code_info(true)
         .enable_inlined_fns(true)
@@ -211,7 +168,7 @@ fn new_symbolizer(path: &Path) -> Symbolizer {
         .enable_demangling(false)
         // The key has changed if the file has.
         .enable_auto_reload(false)
-        .set_debug_dirs(Some(directories))
+        .set_debug_dirs(Some(DEBUG_DIRECTORIES))
         .build()
 }
 
@@ -223,29 +180,24 @@ type Found = Result<Vec<FunctionLine>, UnknownReason>;
 /// The order: lines before symbols, the file itself before others.
 fn name_all(parsed: &ParsedFile, offsets: &[FileOffset]) -> Vec<FrameName> {
     let mut names = vec![Err(UnknownReason::NotElf); offsets.len()];
-    for separate in parsed.separate.iter().filter(|other| other.has_lines) {
+    let mut name_by = |path: &Path, debug_syms, layout| {
         let source = NameSource {
-            path: &separate.path(),
-            debug_syms: separate.has_lines,
-            layout: Some(&parsed.layout),
-        };
-        name_missing(&parsed.symbolizer, &source, offsets, &mut names);
-    }
-    for debug_syms in [true, false] {
-        let source = NameSource {
-            path: &parsed.path,
+            path,
             debug_syms,
-            layout: None,
+            layout,
         };
         name_missing(&parsed.symbolizer, &source, offsets, &mut names);
+    };
+    let layout = Some(&parsed.layout);
+    for separate in parsed.separate.iter().filter(|other| other.has_lines) {
+        name_by(&separate.path(), true, layout);
     }
-    for separate in parsed.separate.iter().filter(|other| !other.has_lines) {
-        let source = NameSource {
-            path: &separate.path(),
-            debug_syms: separate.has_lines,
-            layout: Some(&parsed.layout),
-        };
-        name_missing(&parsed.symbolizer, &source, offsets, &mut names);
+    if parsed.has_lines {
+        name_by(&parsed.path, true, None);
+    }
+    name_by(&parsed.path, false, None);
+    for separate in &parsed.separate {
+        name_by(&separate.path(), false, layout);
     }
     finish(names)
 }
@@ -290,7 +242,7 @@ fn name_missing(
         Some(_) => Input::VirtOffset(places.as_slice()),
         None => Input::FileOffset(places.as_slice()),
     };
-    match symbolizer.symbolize(&Source::Elf(elf), input) {
+    match symbolizer.symbolize(&ElfSource::Elf(elf), input) {
         Ok(results) => {
             for (name, result) in missing.into_iter().zip(results) {
                 let found = function_lines(result);

@@ -1,5 +1,5 @@
-//! Debug information and symbols that a file has elsewhere: in a debug file found by build
-//! id, and in `.gnu_debugdata` (MiniDebugInfo), a compressed ELF file within the file.
+//! Debug information and symbols that a file has elsewhere: in a debug file of its own, and
+//! in `.gnu_debugdata` (MiniDebugInfo), a compressed ELF file within the file.
 //!
 //! Both keep the addresses of the file that they are for, not its places.
 
@@ -13,7 +13,8 @@ use std::{
 
 use lzma_rust2::XzReader;
 
-use crate::process::{elf::ElfLayout, mapping::MappedFile};
+use super::names::Source;
+use crate::process::{debug_info::leads_nowhere_else, elf::ElfLayout};
 
 /// Larger than that of any program there is, compressed and not.
 const MAX_COMPRESSED: u64 = 64 << 20;
@@ -24,7 +25,7 @@ const MAX_MEMORY_KIB: u32 = 128 << 10;
 /// A file with symbols for another.
 #[derive(Debug)]
 pub(super) struct Separate {
-    /// It has debug information, not just symbols.
+    /// It has debug information that may be read, not just symbols.
     pub(super) has_lines: bool,
     file: File,
 }
@@ -36,15 +37,18 @@ impl Separate {
     }
 }
 
-/// What `file`, of which `open` and `layout` are, has elsewhere; the best first.
-pub(super) fn find(file: &MappedFile, open: &File, layout: &ElfLayout) -> Vec<Separate> {
-    let debug_file = file
-        .debug_file
-        .as_ref()
+/// What the file of `source`, of which `open` and `layout` are, has elsewhere; the best
+/// first.
+pub(super) fn find(source: &Source, open: &File, layout: &ElfLayout) -> Vec<Separate> {
+    let debug_file = source
+        .debug_file()
         .and_then(|file| file.try_clone().ok())
-        .map(|file| Separate {
-            has_lines: true,
-            file,
+        .map(|file| {
+            let layout = ElfLayout::read(&file).unwrap_or_default();
+            Separate {
+                has_lines: leads_nowhere_else(&file, &layout),
+                file,
+            }
         });
     let mini = match read_mini(open, layout) {
         Ok(file) => file.map(|file| Separate {
@@ -52,7 +56,7 @@ pub(super) fn find(file: &MappedFile, open: &File, layout: &ElfLayout) -> Vec<Se
             file,
         }),
         Err(error) => {
-            tracing::debug!(path = %file.path.display(), %error, "no use of .gnu_debugdata");
+            tracing::debug!(path = %source.file.path.display(), %error, "no use of .gnu_debugdata");
             None
         }
     };

@@ -9,7 +9,10 @@ use std::{
 
 use crate::{
     address::{AbsAddr, FileOffset},
-    process::mapping::{MappedFile, Mapping, MappingLookup},
+    process::{
+        debug_info::DebugInfo,
+        mapping::{MappedFile, Mapping, MappingLookup},
+    },
 };
 
 /// Holds an open file as if a process had mapped it.
@@ -18,7 +21,7 @@ pub(crate) fn mapped_file(path: &Path, file: Option<File>) -> Arc<MappedFile> {
         path: path.to_owned(),
         device: 0,
         inode: 0,
-        debug_file: None,
+        debug_info: DebugInfo::Missing,
         build_id: None,
         file,
     })

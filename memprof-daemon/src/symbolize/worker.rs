@@ -14,14 +14,17 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    address::{AbsAddr, FileOffset, FrameAddress},
+    address::{AbsAddr, FileOffset},
     ledger::snapshot::StackTrace,
     process::mapping::{MappedFile, MappingLookup},
     symbolize::{
         cache::NameCache,
+        debuginfod::Debuginfod,
         frame::{Frame, FrameName, FunctionLine, UnknownReason},
+        names::{NamedFile, Source},
         normalize::{Normalized, normalize},
-        resolve::{FileKey, Resolver},
+        resolve::Resolver,
+        site::Sites,
     },
 };
 
@@ -63,6 +66,7 @@ struct Request {
 #[derive(Clone)]
 pub struct SymbolizeHandle {
     requests: mpsc::Sender<Request>,
+    debuginfod: Option<Debuginfod>,
 }
 
 impl fmt::Debug for SymbolizeHandle {
@@ -72,19 +76,32 @@ impl fmt::Debug for SymbolizeHandle {
 }
 
 impl SymbolizeHandle {
-    /// Starts the thread.
+    /// Starts the thread. What has no debug information on this host is asked for from
+    /// `debuginfod`, if that is wanted.
     ///
     /// # Errors
     ///
     /// If the operating system gives none.
-    pub fn start() -> Result<Self, SymbolizeError> {
+    pub fn start(debuginfod: Option<Debuginfod>) -> Result<Self, SymbolizeError> {
         let (requests, receiver) = mpsc::channel(QUEUE);
         thread::Builder::new()
             .name("memprof-symbolize".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || serve(receiver))
+            .spawn({
+                let debuginfod = debuginfod.clone();
+                move || serve(receiver, debuginfod)
+            })
             .map_err(SymbolizeError::Spawn)?;
-        Ok(Self { requests })
+        Ok(Self {
+            requests,
+            debuginfod,
+        })
+    }
+
+    /// Who asks servers for debug information, if anyone does.
+    #[must_use]
+    pub const fn debuginfod(&self) -> Option<&Debuginfod> {
+        self.debuginfod.as_ref()
     }
 
     /// Names the frames of a process's stacks: as many as stacks, in their
@@ -113,8 +130,8 @@ impl SymbolizeHandle {
 }
 
 /// Answers until the last handle is gone.
-fn serve(mut requests: mpsc::Receiver<Request>) {
-    let mut namer = Namer::new();
+fn serve(mut requests: mpsc::Receiver<Request>, debuginfod: Option<Debuginfod>) {
+    let mut namer = Namer::new(debuginfod.clone());
     while let Some(request) = requests.blocking_recv() {
         let Request {
             stacks,
@@ -130,7 +147,7 @@ fn serve(mut requests: mpsc::Receiver<Request>) {
             Ok(frames) => drop(answer.send(frames)),
             Err(_) => {
                 tracing::error!("the symbolizer failed on a request and starts afresh");
-                namer = Namer::new();
+                namer = Namer::new(debuginfod.clone());
             }
         }
     }
@@ -138,7 +155,7 @@ fn serve(mut requests: mpsc::Receiver<Request>) {
 
 /// A file of a request and its places without a name yet.
 struct Unnamed {
-    file: Arc<MappedFile>,
+    source: Source,
     offsets: Vec<FileOffset>,
 }
 
@@ -146,11 +163,13 @@ struct Unnamed {
 struct Namer {
     resolver: Resolver,
     cache: NameCache,
+    debuginfod: Option<Debuginfod>,
 }
 
 impl Namer {
-    fn new() -> Self {
+    fn new(debuginfod: Option<Debuginfod>) -> Self {
         Self {
+            debuginfod,
             resolver: Resolver::new(),
             cache: NameCache::new(CACHED_NAMES),
         }
@@ -161,14 +180,16 @@ impl Namer {
         stacks: &[Arc<StackTrace>],
         mappings: &dyn MappingLookup,
     ) -> Vec<Vec<Arc<Frame>>> {
-        let mut places: HashMap<FrameAddress, Normalized> = HashMap::new();
-        for &address in stacks.iter().flat_map(|stack| &stack.frames) {
+        let mut sites = Sites::new(mappings);
+        let stacks: Vec<Vec<AbsAddr>> = stacks.iter().map(|stack| sites.of(stack)).collect();
+        let mut places: HashMap<AbsAddr, Normalized> = HashMap::new();
+        for &address in stacks.iter().flatten() {
             places
                 .entry(address)
                 .or_insert_with(|| normalize(address, |address| mappings.lookup(address)));
         }
         let names = self.find_names(&places);
-        let frames: HashMap<FrameAddress, Arc<Frame>> = places
+        let frames: HashMap<AbsAddr, Arc<Frame>> = places
             .into_iter()
             .map(|(address, place)| (address, Arc::new(frame(address, place, &names, mappings))))
             .collect();
@@ -182,11 +203,10 @@ impl Namer {
         stacks
             .iter()
             .map(|stack| {
-                if stack.frames.is_empty() {
+                if stack.is_empty() {
                     return vec![Arc::clone(&no_stack)];
                 }
                 stack
-                    .frames
                     .iter()
                     .filter_map(|address| frames.get(address).map(Arc::clone))
                     .collect()
@@ -196,9 +216,9 @@ impl Namer {
 
     /// The names of all places that are in readable files: those known, and the
     /// others file by file.
-    fn find_names(&mut self, places: &HashMap<FrameAddress, Normalized>) -> Names {
+    fn find_names(&mut self, places: &HashMap<AbsAddr, Normalized>) -> Names {
         let mut names = Names::default();
-        let mut unnamed: HashMap<FileKey, Unnamed> = HashMap::new();
+        let mut unnamed: HashMap<NamedFile, Unnamed> = HashMap::new();
         for place in places.values() {
             let Normalized::InFile {
                 file, file_offset, ..
@@ -206,9 +226,10 @@ impl Namer {
             else {
                 continue;
             };
-            let Some(key) = names.key(file) else {
+            let Some(source) = names.source(file, self.debuginfod.as_ref()) else {
                 continue;
             };
+            let key = source.key;
             if names.found.contains_key(&(key, *file_offset)) {
                 continue;
             }
@@ -218,17 +239,24 @@ impl Namer {
                 unnamed
                     .entry(key)
                     .or_insert_with(|| Unnamed {
-                        file: Arc::clone(file),
+                        source: source.clone(),
                         offsets: Vec::new(),
                     })
                     .offsets
                     .push(*file_offset);
             }
         }
-        for (key, Unnamed { file, mut offsets }) in unnamed {
+        for (
+            key,
+            Unnamed {
+                source,
+                mut offsets,
+            },
+        ) in unnamed
+        {
             offsets.sort_unstable();
             offsets.dedup();
-            let resolved = self.resolver.resolve(&file, &offsets);
+            let resolved = self.resolver.resolve(&source, &offsets);
             for (offset, name) in offsets.into_iter().zip(resolved) {
                 let name = Arc::new(name);
                 self.cache.insert((key, offset), Arc::clone(&name));
@@ -242,33 +270,36 @@ impl Namer {
 /// The names of one request.
 #[derive(Default)]
 struct Names {
-    found: HashMap<(FileKey, FileOffset), Arc<FrameName>>,
-    /// The key of each file by its address in memory, where it stays for as
-    /// long as the request does; none if it cannot be read.
-    keys: HashMap<*const MappedFile, Option<FileKey>>,
+    found: HashMap<(NamedFile, FileOffset), Arc<FrameName>>,
+    /// The source of each file's names by the file's address in memory, where it stays for
+    /// as long as the request does; none if it cannot be read.
+    sources: HashMap<*const MappedFile, Option<Source>>,
 }
 
 impl Names {
-    fn key(&mut self, file: &Arc<MappedFile>) -> Option<FileKey> {
-        *self
-            .keys
+    fn source(
+        &mut self,
+        file: &Arc<MappedFile>,
+        debuginfod: Option<&Debuginfod>,
+    ) -> Option<Source> {
+        self.sources
             .entry(Arc::as_ptr(file))
-            .or_insert_with(|| FileKey::of(file.file.as_ref()?).ok())
+            .or_insert_with(|| Source::of(file, debuginfod))
+            .clone()
     }
 
     fn get(&self, file: &Arc<MappedFile>, file_offset: FileOffset) -> Option<&Arc<FrameName>> {
-        let key = (*self.keys.get(&Arc::as_ptr(file))?)?;
-        self.found.get(&(key, file_offset))
+        let source = self.sources.get(&Arc::as_ptr(file))?.as_ref()?;
+        self.found.get(&(source.key, file_offset))
     }
 }
 
 fn frame(
-    address: FrameAddress,
+    address: AbsAddr,
     place: Normalized,
     names: &Names,
     mappings: &dyn MappingLookup,
 ) -> Frame {
-    let address = address.call_site();
     match place {
         Normalized::InFile {
             mapping,

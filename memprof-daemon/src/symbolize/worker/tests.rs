@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
+    address::FrameAddress,
     process::mapping::Mapping,
     symbolize::testing::{OwnMappings, outer_address},
 };
@@ -12,7 +13,8 @@ fn stack(addresses: &[u64]) -> Arc<StackTrace> {
             .iter()
             .map(|&address| FrameAddress(AbsAddr(address)))
             .collect(),
-        end: memprof_common::unwind::walk::StackEnd::Complete,
+        // Of a whole stack the last frame need not be behind a call.
+        end: memprof_common::unwind::walk::StackEnd::Truncated,
         by_frame_pointer: false,
     })
 }
@@ -38,7 +40,7 @@ async fn names_stacks_in_order() {
     let mappings = OwnMappings::read();
     let return_address = outer_address() + 1;
     let vdso = mappings.start_of("[vdso]").0 + 1;
-    let handle = SymbolizeHandle::start().unwrap();
+    let handle = SymbolizeHandle::start(None).unwrap();
     let named = handle
         .symbolize(
             vec![
@@ -67,7 +69,7 @@ async fn names_stacks_in_order() {
 /// hold the same file open separately.
 #[test]
 fn remembers_names() {
-    let mut namer = Namer::new();
+    let mut namer = Namer::new(None);
     let stacks = [stack(&[outer_address() + 1])];
     for _ in 0..3 {
         let named = namer.name(&stacks, &OwnMappings::read());
@@ -91,7 +93,7 @@ impl MappingLookup for Broken {
 /// the next request is answered.
 #[tokio::test]
 async fn survives_a_panic() {
-    let handle = SymbolizeHandle::start().unwrap();
+    let handle = SymbolizeHandle::start(None).unwrap();
     let stacks = vec![stack(&[outer_address() + 1])];
     for _ in 0..3 {
         let answer = handle.symbolize(stacks.clone(), Arc::new(Broken));
