@@ -36,7 +36,19 @@ impl Daemon {
     /// As [`Self::start`], with a socket of any path.
     #[must_use]
     pub fn start_on(socket: &str, pids: &[u32], options: &[&str]) -> Self {
+        Self::start_with(socket, pids, options, &[])
+    }
+
+    /// As [`Self::start_on`], with variables in its environment.
+    #[must_use]
+    pub fn start_with(
+        socket: &str,
+        pids: &[u32],
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut command = memprof(&["daemon", "--socket", socket]);
+        command.envs(environment.iter().copied());
         if !options.contains(&"-i") {
             command.args(["-i", "1"]);
         }

@@ -6,6 +6,7 @@
 
 pub mod code;
 pub mod daemon;
+pub mod debuginfod;
 pub mod dir;
 pub mod http;
 pub mod memprof;
@@ -14,6 +15,7 @@ pub mod pprof;
 pub mod profile;
 pub mod record;
 pub mod running;
+pub mod stripped;
 pub mod targets;
 
 pub use self::{

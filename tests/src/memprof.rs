@@ -13,7 +13,20 @@ use std::{
 pub fn memprof<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
     require_root();
     let mut command = Command::new(binary());
-    command.args(args).env_remove("MEMPROF_SAMPLE_INTERVAL");
+    command.args(args);
+    // What the user has set for other runs.
+    for name in [
+        "MEMPROF_SAMPLE_INTERVAL",
+        "DEBUGINFOD_URLS",
+        "DEBUGINFOD_CACHE_PATH",
+        "DEBUGINFOD_TIMEOUT",
+        "DEBUGINFOD_MAXTIME",
+        "DEBUGINFOD_MAXSIZE",
+    ] {
+        command.env_remove(name);
+    }
+    // Servers of the tests are on loopback.
+    command.env("NO_PROXY", "127.0.0.1");
     command
 }
 

@@ -26,6 +26,7 @@ pub enum End {
 pub struct Record<'a> {
     dir: &'a TempDir,
     options: Vec<String>,
+    environment: Vec<(String, String)>,
     limit: Duration,
 }
 
@@ -61,8 +62,16 @@ impl<'a> Record<'a> {
         Self {
             dir,
             options: options.iter().map(|&option| option.to_owned()).collect(),
+            environment: Vec::new(),
             limit: LIMIT,
         }
+    }
+
+    /// With a variable in memprof's environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     /// With more options.
@@ -89,6 +98,7 @@ impl<'a> Record<'a> {
         let mut command = memprof(&["record"]);
         command
             .args(&self.options)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args(["-f", "json", "-o", &self.file()]);
         command
     }
