@@ -59,7 +59,7 @@ pub(super) async fn name_last(
     let pending = debuginfod.counts().pending;
     if pending > 0 {
         eprintln!(
-            "memprof: waiting for debug information of {pending} files, {} s at most",
+            "memprof: waiting for debug information, {} s at most; files to come: {pending}",
             wait.limit.as_secs_f64()
         );
         tokio::select! {
@@ -71,7 +71,7 @@ pub(super) async fn name_last(
     let counts = debuginfod.counts();
     if counts.pending > 0 {
         eprintln!(
-            "memprof: debug information of {} files has not arrived; the profile is without",
+            "memprof: debug information has not arrived, the profile is without; files missing: {}",
             counts.pending
         );
     }
