@@ -72,4 +72,6 @@ pub fn compile_image(image: &[u8]) -> Result<Table, CompileError> {
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;

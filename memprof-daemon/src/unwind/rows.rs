@@ -1,14 +1,16 @@
 //! Unwind information, function by function.
 
+use std::ops::Range;
+
 use gimli::{
     BaseAddresses, CieOrFde, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice,
     LittleEndian, UnwindContext, UnwindOffset, UnwindSection,
 };
-use memprof_common::unwind::rule::Rule;
+use memprof_common::unwind::rule::{BpRule, Rule};
 
 use super::{
     CompileError,
-    rule::{Expressions, WideRules, convert},
+    rule::{Expressions, WideRules, convert, unusual_linkage},
     section::{Bytes, Kind},
 };
 use crate::{address::VirtOffset, process::elf::ElfLayout};
@@ -22,6 +24,10 @@ const MAX_ROWS: usize = 1 << 26;
 const MAX_WORK_FACTOR: u64 = 64;
 /// And these in any case.
 const MIN_WORK: u64 = 1 << 20;
+
+/// Linkage tables beyond this size are not followed: one of 65,536 functions.
+const MAX_LINKAGE_BYTES: u64 = 1 << 20;
+const LINKAGE_ENTRY_BYTES: u64 = 16;
 
 /// Where a file's code is.
 #[derive(Debug)]
@@ -182,6 +188,16 @@ where
                         // The first row holds from the first address on.
                         let address = address.max(start);
                         let rule = convert(row, is_signal, &expressions, &mut all.wide);
+                        let row_end = row.end_address().min(end);
+                        if let Some(from) = unusual_linkage(row, &expressions)
+                            && row_end.saturating_sub(address) <= MAX_LINKAGE_BYTES
+                        {
+                            for (address, rule) in linkage(address..row_end, from) {
+                                work += 1;
+                                push_row(&mut all.rows, first, relative(address), rule);
+                            }
+                            continue;
+                        }
                         push_row(&mut all.rows, first, relative(address), rule);
                     }
                     Ok(None) => break true,
@@ -207,6 +223,26 @@ where
         return Err(CompileError::NoUnwindInfo);
     }
     Ok(all)
+}
+
+/// Rows of a linkage table of which each entry pushes a word, and has from its byte number
+/// `from` on.
+fn linkage(range: Range<u64>, from: u64) -> impl Iterator<Item = (u64, Rule)> {
+    let sp = |offset| Rule::narrow(false, offset, BpRule::Same, 0).unwrap_or(Rule::UNSUPPORTED);
+    let (before, behind) = (sp(8), sp(16));
+    let first = range.start & !(LINKAGE_ENTRY_BYTES - 1);
+    let entries = range
+        .end
+        .saturating_sub(first)
+        .div_ceil(LINKAGE_ENTRY_BYTES);
+    (0..entries)
+        .flat_map(move |number| {
+            let entry = first.wrapping_add(number * LINKAGE_ENTRY_BYTES);
+            [(entry, before), (entry.wrapping_add(from), behind)]
+        })
+        // Of the first entry a part may be missing: there the later row counts.
+        .filter(move |(address, _)| *address < range.end)
+        .map(move |(address, rule)| (address.max(range.start), rule))
 }
 
 /// Adds a row to those of a function, which begin at `first`.

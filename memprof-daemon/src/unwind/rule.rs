@@ -15,6 +15,9 @@ const MAX_WIDE: usize = 1 << 16;
 
 const _: () = assert!(MAX_WIDE <= MAX_WIDE_RULES);
 
+/// See [`memprof_common::unwind::rule::RuleKind::Plt`].
+const USUAL_PUSH: u64 = 11;
+
 /// Rules that take two words, each once.
 #[derive(Debug, Default)]
 pub(super) struct WideRules {
@@ -131,7 +134,7 @@ pub(super) fn convert(
             let Some(operations) = expressions.operations::<9>(at) else {
                 return Rule::UNSUPPORTED;
             };
-            if is_plt(&operations) {
+            if pushed_from(&operations) == Some(USUAL_PUSH) {
                 return Rule::PLT;
             }
             let (first, rest) = match operations.split_first() {
@@ -179,10 +182,12 @@ fn is_word(operation: &Operation<Slice<'_>>) -> bool {
     )
 }
 
-/// What linkers write for a procedure linkage table: `rsp + 8 + ((rip & 15) >= 11) * 8`.
-fn is_plt(operations: &[Operation<Slice<'_>>]) -> bool {
-    matches!(
-        operations,
+/// What linkers write for a procedure linkage table whose entries take 16 bytes and push
+/// a word: `rsp + 8 + ((rip & 15) >= N) * 8`. N, behind the push, is 11; 9 in a table for
+/// processors that check where jumps lead, 5 in one for those that checked bounds
+/// (`elf_x86_64_eh_frame_lazy_plt` and its like in bfd/elf64-x86-64.c of binutils 2.40).
+fn pushed_from(operations: &[Operation<Slice<'_>>]) -> Option<u64> {
+    match operations {
         [
             Operation::RegisterOffset {
                 register: X86_64::RSP,
@@ -196,13 +201,34 @@ fn is_plt(operations: &[Operation<Slice<'_>>]) -> bool {
             },
             Operation::UnsignedConstant { value: 15 },
             Operation::And,
-            Operation::UnsignedConstant { value: 10 | 11 },
+            Operation::UnsignedConstant {
+                value: from @ 1..=15,
+            },
             Operation::Ge,
             Operation::UnsignedConstant { value: 3 },
             Operation::Shl,
-            ..
-        ]
-    )
+            Operation::Plus,
+        ] => Some(*from),
+        _ => None,
+    }
+}
+
+/// Of a row of a linkage table: from which byte of an entry on a word more is pushed, where
+/// that is another than [`Rule::PLT`] has.
+pub(super) fn unusual_linkage(
+    row: &UnwindTableRow<usize>,
+    expressions: &Expressions<'_>,
+) -> Option<u64> {
+    let CfaRule::Expression(at) = row.cfa() else {
+        return None;
+    };
+    let simple = row.register(X86_64::RA) == Some(RegisterRule::Offset(-8))
+        && matches!(
+            row.register(X86_64::RBP),
+            None | Some(RegisterRule::SameValue)
+        );
+    let operations = expressions.operations::<9>(at).filter(|_| simple)?;
+    pushed_from(&operations).filter(|from| *from != USUAL_PUSH)
 }
 
 /// What the kernel leaves on the stack is the same for all; that the file says so is

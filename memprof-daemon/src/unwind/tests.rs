@@ -9,7 +9,10 @@ use memprof_common::unwind::{
     table::{page_rows, row_address, row_rule},
 };
 
-use super::{Table, compile, compile_image, section};
+use super::{
+    Table, compile, compile_image, section,
+    testing::{compile_section, frames},
+};
 use crate::{address::VirtOffset, process::elf::ElfLayout};
 
 /// Check what BPF relies on: a first row at the origin, rows that ascend and differ from
@@ -204,4 +207,61 @@ fn section_headers_are_not_needed() {
     image[40..48].fill(0);
     image[60..64].fill(0);
     assert_eq!(compile_image(&image).unwrap(), with);
+}
+
+/// Check that a linkage table is told by rows or by the rule for it wherever in its entries
+/// the push is, that each entry is right at its edges, and that an absurdly large one is
+/// refused.
+#[test]
+fn linkage_tables() {
+    // rsp + 8 + ((rip & 15) >= from) * 8
+    let table = |from: u8, start: u8, size: u64| {
+        let code = [
+            0x0f,
+            11,
+            0x77,
+            8,
+            0x80,
+            0,
+            0x3f,
+            0x1a,
+            0x30 + from,
+            0x2a,
+            0x33,
+            0x24,
+            0x22,
+        ];
+        let mut code = code.to_vec();
+        // The table's own first entry is described otherwise.
+        code.splice(0..0, [0x0e, 16, 0x40 + start]);
+        let mut bytes = frames(&[], 1, &code);
+        // The function's size, which is behind its first address.
+        let at = bytes.len() - 4 - code.len() - 8;
+        bytes[at..at + 8].copy_from_slice(&size.to_le_bytes());
+        compile_section(&bytes, section::Kind::EhFrame).unwrap()
+    };
+    for from in [5, 9, 10, 11, 15] {
+        for start in [16, 22, 32] {
+            let table = table(from, start, 0x48);
+            check_invariants(&table);
+            for address in 0x1000..0x1048_u64 {
+                let rule = table.lookup(VirtOffset(address));
+                let expected = match address & 15 {
+                    _ if address < 0x1000 + u64::from(start) => 16,
+                    place if place < u64::from(from) => 8,
+                    _ => 16,
+                };
+                let found = if rule.kind() == RuleKind::Plt as u32 {
+                    assert_eq!(from, 11);
+                    8 + u64::from(address & 15 >= 11) * 8
+                } else {
+                    rule.cfa_offset()
+                };
+                assert_eq!(found, expected, "{address:#x}, {from}, {start}");
+            }
+            assert_eq!(table.lookup(VirtOffset(0x1048)), Rule::NONE);
+        }
+    }
+    let absurd = table(9, 16, 0x10_0000 + 0x100);
+    assert_eq!(absurd.lookup(VirtOffset(0x1035)), Rule::UNSUPPORTED);
 }
