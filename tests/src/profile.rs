@@ -149,6 +149,8 @@ pub struct Frame {
     pub module: Option<String>,
     /// Place in that file.
     pub file_offset: Option<u64>,
+    /// The call's address, in hexadecimal, where there is no place in a file.
+    pub address: Option<String>,
     /// Source file.
     pub file: Option<String>,
     /// Line in it.
