@@ -63,6 +63,20 @@ fn end_to_end(
     run(&mut command)
 }
 
+/// The tests that draw their input, for so many seconds each. A seed of each is printed:
+/// `MEMPROF_FUZZ_SEED` begins with it again.
+///
+/// # Errors
+///
+/// A test that fails.
+pub(crate) fn fuzz(workspace: &Path, seconds: &str) -> Result<()> {
+    let _: u64 = seconds.parse().context("fuzz takes a number of seconds")?;
+    run(cargo(workspace)
+        .env("MEMPROF_FUZZ_SECONDS", seconds)
+        .args(["test", "--package", "memprof-daemon", "--lib"])
+        .args(["fuzz_tests", "--", "--nocapture"]))
+}
+
 /// How memprof is told to attach its probes.
 const PROBE_MODE: &str = "MEMPROF_PROBE";
 /// How it is told to walk stacks.

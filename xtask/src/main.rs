@@ -25,6 +25,8 @@ usage: cargo xtask COMMAND
   test [FILTER...]  every test, as root (by sudo if need be);
                     with FILTER only the end-to-end tests that match
   unit              the tests within each crate, as root
+  fuzz [SECONDS]    damage unwind information and walk hostile memory for so long,
+                    each; 300 if not told
   bench [OPTION...] measure memprof beside its peers, as root, and write
                     docs/benchmarks.md; `bench --help` lists the options
   kernels [KERNEL...]
@@ -52,6 +54,8 @@ fn dispatch() -> Result<()> {
         ["ebpf", "--check"] => ebpf::ebpf(&workspace, true),
         ["test", ..] => checks::test(&workspace, &arguments[1..]),
         ["unit"] => checks::unit(&workspace),
+        ["fuzz"] => checks::fuzz(&workspace, "300"),
+        ["fuzz", seconds] => checks::fuzz(&workspace, seconds),
         ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
         ["kernels", ..] => kernels::kernels(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),

@@ -70,6 +70,8 @@ pub fn compile_image(image: &[u8]) -> Result<Table, CompileError> {
 }
 
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
 mod testing;
