@@ -76,6 +76,9 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// framehop may find so many frames more than memprof.
+const STRAY_FRAMES: usize = 4;
+
 /// The code of a process, for framehop.
 pub struct Oracle {
     unwinder: UnwinderX86_64<Arc<[u8]>>,
@@ -88,6 +91,9 @@ pub struct Oracle {
 pub enum Verdict {
     /// Each frame is the same, and both end there.
     Agrees,
+    /// As above, beside words that framehop takes for frames and that are no code, from
+    /// which it comes back.
+    AgreesOnCode,
     /// memprof says that it stopped before the end, and is right until there.
     Cut,
     /// The copy ends before the stack does; the same until there.
@@ -189,7 +195,7 @@ impl Oracle {
         let mut address = FrameAddress::from_return_address(walk.ip).expect("not 0");
         let whole = loop {
             // memprof is asked for 127 frames.
-            if frames.len() > walk.frames.len() + 1 {
+            if frames.len() > walk.frames.len() + STRAY_FRAMES {
                 break false;
             }
             match self
@@ -217,7 +223,11 @@ impl Oracle {
             let before = self.modules.range(..*frame).next_back();
             before.is_some_and(|(_, (_, end))| frame <= end)
         };
+        let code: Vec<u64> = frames.iter().copied().filter(|at| is_code(at)).collect();
         let verdict = match () {
+            () if same < shared && whole && walk.end == 0 && code == walk.frames => {
+                Verdict::AgreesOnCode
+            }
             () if same < shared && !frames.get(same).is_some_and(is_code) => Verdict::OracleStopped,
             () if same < shared => Verdict::Differs,
             () if whole && walk.end == 0 && frames.len() == walk.frames.len() => Verdict::Agrees,
@@ -251,8 +261,8 @@ pub struct Summary {
     pub walks: usize,
     /// How many of them memprof says are whole.
     pub complete: usize,
-    /// The first difference, in words.
-    pub difference: Option<String>,
+    /// The first of each that is not alike, in words.
+    examples: BTreeMap<Verdict, String>,
 }
 
 impl Summary {
@@ -265,16 +275,25 @@ impl Summary {
             *summary.verdicts.entry(verdict).or_default() += 1;
             summary.walks += 1;
             summary.complete += usize::from(walk.end == 0);
-            if verdict == Verdict::Differs && summary.difference.is_none() {
-                summary.difference = Some(format!(
-                    "memprof (end {}):\n{}framehop:\n{}",
-                    walk.end,
-                    oracle.show(&walk.frames),
-                    oracle.show(&theirs)
-                ));
+            if verdict != Verdict::Agrees {
+                summary.examples.entry(verdict).or_insert_with(|| {
+                    format!(
+                        "{verdict:?}: memprof (end {}):\n{}framehop:\n{}",
+                        walk.end,
+                        oracle.show(&walk.frames),
+                        oracle.show(&theirs)
+                    )
+                });
             }
         }
         summary
+    }
+
+    /// One of each kind that is not alike, in words.
+    #[must_use]
+    pub fn examples(&self) -> String {
+        let examples: Vec<&str> = self.examples.values().map(String::as_str).collect();
+        examples.join("\n")
     }
 
     /// Percent of the walks.

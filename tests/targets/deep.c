@@ -22,10 +22,11 @@ KEEP static long busy(long a, long b, long c, long d, long e, long f, int depth)
     return a + b + c + d + e + f + g + h + i + j;
 }
 
+/* Twice this fits what is copied of a stack, if it was touched. */
 KEEP static int large(int depth) {
-    volatile char room[600 * 1024];
-    room[0] = (char)depth;
-    room[sizeof room - 1] = 1;
+    volatile char room[25 * 1024];
+    for (size_t at = 0; at < sizeof room; at += 1024)
+        room[at] = (char)depth;
     leaf(64);
     return room[0] + (depth > 0 ? large(depth - 1) : 0);
 }
@@ -61,7 +62,7 @@ int main(void) {
     int numbers[64];
     for (int round = 0; round < 60; round++) {
         busy(1, 2, 3, 4, 5, round, 30);
-        large(4);
+        large(1);
         variable(400);
         tail(5);
         realigned(8);

@@ -72,6 +72,15 @@ KEEP static int recurse(int depth) {
     return recurse(depth - 1) + (sink != NULL);
 }
 
+KEEP static int large(int depth) {
+    volatile char room[600 * 1024];
+    room[0] = (char)depth;
+    room[sizeof room - 1] = 1;
+    if (depth == 0)
+        leaf();
+    return room[0] + (depth > 0 ? large(depth - 1) : 0);
+}
+
 /* push %rbp; mov %rsp, %rbp; call *%rdi; pop %rbp; ret */
 static const unsigned char code[] = {0x55, 0x48, 0x89, 0xe5, 0xff, 0xd7, 0x5d, 0xc3};
 
@@ -156,6 +165,8 @@ int main(int count, char **arguments) {
         pthread_join(thread, NULL);
     } else if (strcmp(what, "recursion") == 0) {
         recurse(2000);
+    } else if (strcmp(what, "large") == 0) {
+        large(4);
     } else if (strcmp(what, "generated") == 0) {
         generated();
     } else if (strcmp(what, "undescribed") == 0) {

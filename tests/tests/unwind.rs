@@ -126,6 +126,13 @@ fn deep_recursion() {
     assert_eq!(process.loss("truncated_stacks"), 1);
 }
 
+/// Check frames that are larger than a rule of 32 bits can tell.
+#[test]
+fn large_frames() {
+    let process = record(&hazards(&[]), &["large"], &[]);
+    expect_whole(&process, &["large"; 5]);
+}
+
 /// Check code that the program makes at run time: passed through by its frame pointer,
 /// unless that is forbidden; by the kernel, nothing is known of the end.
 #[test]
