@@ -73,6 +73,8 @@ fn expect_node(prefix: &[&str]) {
     ];
     let words = [prefix, &words].concat();
     let mut target = Command::new(words[0]);
+    // It leaves a log where it runs.
+    target.current_dir(dir.path());
     let stacks = record(&dir, target.args(&words[1..]), |_| {});
     let wanted = [
         "AllocateUninitialized",
