@@ -1,8 +1,23 @@
 //! What the unwind tables of files take: `unwind_tables FILE...`. Build it with `--release`.
+//!
+//! The peak is what compiling took of memory at most, the file's pages among it.
 
-use std::{env, fs::File, process::ExitCode, time::Instant};
+use std::{
+    env,
+    fs::{self, File},
+    io,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
-use memprof::unwind::compile;
+use memprof::unwind::{Table, compile};
+
+struct Measured {
+    file_bytes: u64,
+    time: Duration,
+    peak_kib: u64,
+    table: Table,
+}
 
 fn main() -> ExitCode {
     let files: Vec<String> = env::args().skip(1).collect();
@@ -10,26 +25,21 @@ fn main() -> ExitCode {
         eprintln!("usage: unwind_tables FILE...");
         return ExitCode::from(2);
     }
-    println!("functions      rows  wide rules  damaged  table KiB  file KiB     ms  file");
+    println!(
+        "functions      rows  wide rules  damaged  table KiB  file KiB  peak KiB     ms  file"
+    );
     for path in &files {
-        let measured = File::open(path)
-            .map_err(|error| error.to_string())
-            .and_then(|file| {
-                let bytes = file.metadata().map_err(|error| error.to_string())?.len();
-                let start = Instant::now();
-                let table = compile(&file).map_err(|error| error.to_string())?;
-                Ok((bytes, start.elapsed(), table))
-            });
-        match measured {
-            Ok((bytes, time, table)) => println!(
-                "{:9} {:9} {:11} {:8} {:10} {:9} {:6.1}  {path}",
-                table.functions,
-                table.rows.len(),
-                table.wide.len() / 2,
-                table.damaged,
-                table.words() * 8 / 1024,
-                bytes / 1024,
-                time.as_secs_f64() * 1e3,
+        match measure(path) {
+            Ok(measured) => println!(
+                "{:9} {:9} {:11} {:8} {:10} {:9} {:9} {:6.1}  {path}",
+                measured.table.functions,
+                measured.table.rows.len(),
+                measured.table.wide.len() / 2,
+                measured.table.damaged,
+                measured.table.words() * 8 / 1024,
+                measured.file_bytes / 1024,
+                measured.peak_kib,
+                measured.time.as_secs_f64() * 1e3,
             ),
             Err(error) => {
                 eprintln!("{path}: {error}");
@@ -38,4 +48,29 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+fn measure(path: &str) -> Result<Measured, String> {
+    let text = |error: io::Error| error.to_string();
+    let file = File::open(path).map_err(text)?;
+    let file_bytes = file.metadata().map_err(text)?.len();
+    // 5 sets the peak back to what is resident now (proc_pid_clear_refs(5)).
+    fs::write("/proc/self/clear_refs", "5").map_err(text)?;
+    let before = status_kib("VmRSS:").map_err(text)?;
+    let start = Instant::now();
+    let table = compile(&file).map_err(|error| error.to_string())?;
+    let time = start.elapsed();
+    Ok(Measured {
+        file_bytes,
+        time,
+        peak_kib: status_kib("VmHWM:").map_err(text)?.saturating_sub(before),
+        table,
+    })
+}
+
+fn status_kib(name: &str) -> io::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other(format!("no {name} in /proc/self/status")))
 }

@@ -1,6 +1,11 @@
 //! What memprof is held to, judged by the results.
 
-use super::report::{Bar, Outcome, PairRow, Report, Verdict};
+use super::{
+    render::unwinding::slowest,
+    report::{Bar, Outcome, PairRow, Report, Verdict},
+    stats::Estimate,
+    tables::LLVM,
+};
 
 /// Bytes in a megabyte.
 pub(super) const MB: f64 = 1e6;
@@ -27,6 +32,7 @@ pub(super) fn bars(report: &Report) -> Vec<Bar> {
     ];
     bars.extend(trace(report));
     bars.extend(dump(report));
+    bars.extend([walked(report), compiled(report), held_once(report)]);
     bars
 }
 
@@ -63,19 +69,22 @@ fn over_floor(report: &Report, table: usize, what: &str) -> Bar {
             self::row(report, table, floor)?;
         }
         let ratio = row.over_floor.ok_or("no common round with the floor")?;
-        let unstable = if ratio.is_stable() {
-            ""
-        } else {
-            ", not stable"
-        };
-        let value = format!(
-            "{:.3} ± {:.3}{unstable}",
-            ratio.median,
-            ratio.median * ratio.spread
-        );
-        Ok((value, ratio.median <= 1.10))
+        Ok((ratio_with_spread(ratio), ratio.median <= 1.10))
     };
     bar(format!("{what} (session, one thread) <= 1.10"), result())
+}
+
+fn ratio_with_spread(ratio: Estimate) -> String {
+    let unstable = if ratio.is_stable() {
+        ""
+    } else {
+        ", not stable"
+    };
+    format!(
+        "{:.3} ± {:.3}{unstable}",
+        ratio.median,
+        ratio.median * ratio.spread
+    )
 }
 
 fn cheaper(report: &Report, peer: &str) -> Bar {
@@ -166,6 +175,69 @@ fn dump(report: &Report) -> [Bar; 3] {
     ]
 }
 
+/// Frames of the stack that the bar about walks is for.
+const WALKED_FRAMES: usize = 30;
+
+fn walked(report: &Report) -> Bar {
+    let row = report
+        .unwind
+        .iter()
+        .find(|row| row.frames == Some(WALKED_FRAMES));
+    let result = match row.map(|row| row.bpf.ratio) {
+        Some(Some(ratio)) => Ok((ratio_with_spread(ratio), ratio.median <= 2.0)),
+        Some(None) => Err("no common round with `bpf_get_stack`".to_owned()),
+        None => Err("section `unwind` was not measured".to_owned()),
+    };
+    bar(
+        format!(
+            "a sample of {WALKED_FRAMES} frames: time in BPF by unwind tables, over bpf_get_stack <= 2"
+        ),
+        result,
+    )
+}
+
+fn compiled(report: &Report) -> Bar {
+    let row = report.tables.iter().find(|row| row.path == LLVM);
+    let result = match row {
+        Some(row) => {
+            let most = slowest(&row.seconds);
+            let value = format!("{most:.3} s, the slowest of {}", row.seconds.len());
+            Ok((value, most < 1.0))
+        }
+        None if report.tables.is_empty() => Err("section `tables` was not measured".to_owned()),
+        None => Err("not installed: libllvm14".to_owned()),
+    };
+    bar(
+        "unwind table of libLLVM-14 (110 MB): compiled in < 1 s",
+        result,
+    )
+}
+
+/// Room that the arena has more than its tables need: it grows by a mebibyte, and holds
+/// the lists of mappings.
+const ARENA_SLACK: u64 = 2 << 20;
+
+fn held_once(report: &Report) -> Bar {
+    let result = report.many.as_ref().map(|many| {
+        let (held, once, each) = (
+            many.all.unwind_table_bytes,
+            many.all.files.1,
+            many.all.mapped.1,
+        );
+        let value = format!(
+            "{:.1} MB held, {:.1} MB of tables, {:.1} MB if each process had its own",
+            held as f64 / MB,
+            once as f64 / MB,
+            each as f64 / MB
+        );
+        (value, held <= once + ARENA_SLACK && held < each)
+    });
+    bar(
+        "300 processes: an unwind table is held once, however many map its file",
+        result.ok_or_else(|| "section `many` was not measured".to_owned()),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::render::tests::example, *};
@@ -192,7 +264,10 @@ mod tests {
                 Reached,
                 NotMeasured,
                 NotMeasured,
-                NotMeasured
+                NotMeasured,
+                Reached,
+                Reached,
+                Reached
             ]
         );
     }
@@ -209,8 +284,15 @@ mod tests {
             trace.runs[0].inuse_bytes.1 += 1;
             trace.runs[0].daemon_cpu_s = 10.0;
         }
+        if let Some(ratio) = &mut report.unwind[2].bpf.ratio {
+            ratio.median = 2.1;
+        }
+        report.tables[0].seconds[1] = 1.1;
+        if let Some(many) = &mut report.many {
+            many.all.unwind_table_bytes = 4_000_000;
+        }
         let verdicts = verdicts(&report);
-        for index in [0, 4, 5, 6] {
+        for index in [0, 4, 5, 6, 10, 11, 12] {
             assert_eq!(verdicts[index], Verdict::Missed, "bar {index}");
         }
     }

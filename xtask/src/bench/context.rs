@@ -22,15 +22,14 @@ const MEMLEAKS: [&str; 3] = ["memleak-bpfcc", "memleak", "libbpf-memleak"];
 
 const JEMALLOC: &str = "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2";
 
+const FRAME_POINTERS: [&str; 2] = ["-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"];
+
 /// Our C programs, with what they are compiled with.
-const TARGETS: [(&str, &str, &[&str]); 4] = [
+const TARGETS: [(&str, &str, &[&str]); 5] = [
     ("pair", include_str!("targets/pair.c"), &["-pthread"]),
     ("churn", include_str!("targets/churn.c"), &["-pthread"]),
-    (
-        "stacks",
-        include_str!("targets/stacks.c"),
-        &["-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"],
-    ),
+    ("stacks", include_str!("targets/stacks.c"), &FRAME_POINTERS),
+    ("deep", include_str!("targets/deep.c"), &FRAME_POINTERS),
     ("gate", include_str!("targets/gate.c"), &[]),
 ];
 
@@ -46,6 +45,8 @@ pub(super) struct Context {
     pub(super) has_probe_option: bool,
     /// Empty BPF programs at memprof's sites.
     pub(super) floor: Found,
+    /// Compiles unwind tables of files.
+    pub(super) unwind_tables: Found,
     /// bpftrace.
     pub(super) bpftrace: Found,
     /// memleak of bcc.
@@ -83,6 +84,12 @@ impl Context {
             )
             .map_err(|_| "this checkout cannot build `floor`".to_owned()),
         };
+        let unwind_tables = build(
+            workspace,
+            &["-p", "memprof-tests", "--bin", "unwind_tables"],
+            "unwind_tables",
+        )
+        .map_err(|_| "this checkout cannot build `unwind_tables`".to_owned());
         for (name, source, flags) in TARGETS {
             compile(&dir, name, source, flags)?;
         }
@@ -101,6 +108,7 @@ impl Context {
             has_probe_option: help.stdout.contains("--probe"),
             memprof,
             floor,
+            unwind_tables,
             bpftrace: installed("bpftrace", "bpftrace"),
             memleak: MEMLEAKS
                 .iter()

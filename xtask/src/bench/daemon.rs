@@ -1,5 +1,4 @@
-//! A `memprof daemon` that records every allocation of a target, and what the
-//! kernel tells about it.
+//! A `memprof daemon`, and what the kernel tells about it.
 
 use std::{
     fs,
@@ -11,12 +10,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     context::Context,
     http,
     process::{LIMIT, Process},
+    run_time::{self, Runs},
 };
 
 /// Clock ticks a second in `/proc/PID/stat`: USER_HZ, 100 on x86-64.
@@ -43,17 +43,27 @@ pub(super) struct Books {
 }
 
 impl Daemon {
-    /// Starts one on process `pid`.
+    /// Starts one that records every allocation of process `pid`.
     ///
     /// # Errors
     ///
     /// It does not listen.
     pub(super) fn start(context: &Context, pid: u32) -> Result<Self> {
+        Self::start_with(context, &["-i", "1"], &[pid])
+    }
+
+    /// Starts one on processes `pids`, with `options`.
+    ///
+    /// # Errors
+    ///
+    /// It does not listen.
+    pub(super) fn start_with(context: &Context, options: &[&str], pids: &[u32]) -> Result<Self> {
         let socket = context.file("memprof.sock");
         let _ = fs::remove_file(&socket);
         let mut command = Command::new(&context.memprof);
-        command.args(["daemon", "-i", "1", "-p", &pid.to_string(), "--socket"]);
-        let process = Process::spawn(command.arg(&socket))?;
+        command.arg("daemon").args(options).arg("-p");
+        command.args(pids.iter().map(u32::to_string));
+        let process = Process::spawn(command.arg("--socket").arg(&socket))?;
         let listening = |line: &str| line.starts_with("memprof: listening on ");
         let (ready, _) = process.wait_stderr(LIMIT, listening)?;
         Ok(Self {
@@ -88,6 +98,25 @@ impl Daemon {
     /// As [`http::json`].
     pub(super) fn stats(&self) -> Result<Value> {
         http::json(&self.socket, "/v1/stats")
+    }
+
+    /// Samples at another interval from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`http::put`].
+    pub(super) fn set_interval(&self, bytes: u64) -> Result<()> {
+        let config = json!({ "sample_interval_bytes": bytes }).to_string();
+        http::put(&self.socket, "/v1/config", &config)
+    }
+
+    /// All runs of its BPF programs, while they are timed.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub(super) fn runs(&self) -> Result<Runs> {
+        run_time::of_process(self.process.pid())
     }
 
     /// Waits until it has booked all there is, and gives its last books.
@@ -208,8 +237,6 @@ fn kib(status: &str, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     /// Check that processor time is found behind a name with spaces and brackets.

@@ -17,12 +17,29 @@ use serde_json::Value;
 ///
 /// No answer within two minutes, or another status than 200.
 pub(super) fn get(socket: &Path, path: &str) -> Result<Vec<u8>> {
+    ask(socket, "GET", path, "")
+}
+
+/// Sends `content` by `PUT path`.
+///
+/// # Errors
+///
+/// As [`get`].
+pub(super) fn put(socket: &Path, path: &str, content: &str) -> Result<()> {
+    ask(socket, "PUT", path, content).map(drop)
+}
+
+fn ask(socket: &Path, method: &str, path: &str, content: &str) -> Result<Vec<u8>> {
     let mut stream = UnixStream::connect(socket).context("cannot reach the daemon")?;
     stream.set_read_timeout(Some(Duration::from_secs(120)))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: memprof\r\n\r\n")?;
+    let length = content.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.0\r\nHost: memprof\r\nContent-Length: {length}\r\n\r\n{content}"
+    )?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).context("no answer")?;
-    body(answer).with_context(|| format!("GET {path}"))
+    body(answer).with_context(|| format!("{method} {path}"))
 }
 
 /// The answer to `GET path`, read as JSON.

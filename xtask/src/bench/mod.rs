@@ -7,15 +7,19 @@ mod daemon;
 mod dump;
 mod host;
 mod http;
+mod many;
 mod options;
 mod pair;
 mod process;
 mod programs;
 mod render;
 mod report;
+mod run_time;
 mod stats;
+mod tables;
 mod tools;
 mod trace;
+mod unwind;
 mod workloads;
 
 use std::{
@@ -61,6 +65,9 @@ pub(crate) fn bench(workspace: &Path, words: &[String]) -> Result<()> {
         programs: Vec::new(),
         trace: None,
         dump: None,
+        unwind: Vec::new(),
+        tables: Vec::new(),
+        many: None,
         failures: Vec::new(),
         bars: Vec::new(),
     };
@@ -101,6 +108,11 @@ fn measure(section: Section, context: &Context, report: &mut Report) -> Result<(
         }
         Section::Trace => report.trace = Some(trace::measure(context)?),
         Section::Dump => report.dump = Some(dump::measure(context)?),
+        Section::Unwind => {
+            report.unwind = unwind::measure(context, context.pick(seconds(60), seconds(15)))?;
+        }
+        Section::Tables => report.tables = tables::measure(context)?,
+        Section::Many => report.many = Some(many::measure(context)?),
     }
     Ok(())
 }

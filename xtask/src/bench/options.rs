@@ -7,8 +7,9 @@ use anyhow::{Context as _, Result, bail};
 pub(super) const USAGE: &str = "\
 usage: cargo xtask bench [OPTION...]
 
-  --quick           two minutes instead of ten, and rougher numbers
-  --only NAME,...   these sections only: pair, programs, trace, dump
+  --quick           three minutes instead of eleven, and rougher numbers
+  --only NAME,...   these sections only: pair, programs, trace, dump,
+                    unwind, tables, many
   --json FILE       the results [default: target/bench/benchmarks.json]
   --memprof PATH    this memprof, not the one built from here
   --floor PATH      this `floor`, not the one built from here
@@ -25,11 +26,25 @@ pub(super) enum Section {
     Trace,
     /// Attach, dump and detach with a million live blocks.
     Dump,
+    /// A sample whose stack is walked by tables, and by the kernel.
+    Unwind,
+    /// Unwind tables of large files.
+    Tables,
+    /// Many processes under one daemon.
+    Many,
 }
 
 impl Section {
     /// In the order they are measured.
-    pub(super) const ALL: [Self; 4] = [Self::Pair, Self::Programs, Self::Trace, Self::Dump];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Pair,
+        Self::Programs,
+        Self::Trace,
+        Self::Dump,
+        Self::Unwind,
+        Self::Tables,
+        Self::Many,
+    ];
 
     /// Its name on the command line.
     pub(super) const fn name(self) -> &'static str {
@@ -38,6 +53,9 @@ impl Section {
             Self::Programs => "programs",
             Self::Trace => "trace",
             Self::Dump => "dump",
+            Self::Unwind => "unwind",
+            Self::Tables => "tables",
+            Self::Many => "many",
         }
     }
 }

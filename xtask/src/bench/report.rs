@@ -27,6 +27,14 @@ pub(super) struct Report {
     pub(super) trace: Option<Trace>,
     /// A million live blocks.
     pub(super) dump: Option<Dump>,
+    /// A sample's stack, walked.
+    #[serde(default)]
+    pub(super) unwind: Vec<UnwindRow>,
+    /// Unwind tables of large files.
+    #[serde(default)]
+    pub(super) tables: Vec<TableRow>,
+    /// Many processes under one daemon.
+    pub(super) many: Option<Many>,
     /// Sections that failed as a whole.
     pub(super) failures: Vec<Failure>,
     /// What memprof is held to.
@@ -210,6 +218,85 @@ pub(super) struct Dump {
     pub(super) rss_peak_bytes: u64,
     /// Kernel memory of the daemon's BPF maps.
     pub(super) bpf_maps_bytes: u64,
+}
+
+/// What a call costs whose stack has so many frames.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct UnwindRow {
+    /// Frames; none where the call is not sampled.
+    pub(super) frames: Option<usize>,
+    /// In BPF programs, by the kernel's clock.
+    pub(super) bpf: UnwindCost,
+    /// In all, as the program sees it.
+    pub(super) call: UnwindCost,
+}
+
+/// Nanoseconds a call.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct UnwindCost {
+    /// The stack is walked by unwind tables.
+    pub(super) tables: Option<Estimate>,
+    /// The stack is walked by the kernel, by frame pointers.
+    pub(super) kernel: Option<Estimate>,
+    /// The former over the latter, of the same round.
+    pub(super) ratio: Option<Estimate>,
+}
+
+/// The unwind table of one file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct TableRow {
+    /// The file.
+    pub(super) path: String,
+    /// Its size.
+    pub(super) file_bytes: u64,
+    /// Functions in its unwind information.
+    pub(super) functions: u64,
+    /// Rows of the table.
+    pub(super) rows: u64,
+    /// The table's size.
+    pub(super) table_bytes: u64,
+    /// Memory that compiling took at most, one a time.
+    pub(super) peak_bytes: Vec<u64>,
+    /// Seconds that compiling took, one a time.
+    pub(super) seconds: Vec<f64>,
+}
+
+/// Many processes under one daemon, beside one of them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Many {
+    /// What the processes run.
+    pub(super) programs: String,
+    /// Only one of the processes.
+    pub(super) one: Traced,
+    /// All of them.
+    pub(super) all: Traced,
+}
+
+/// Processes under a daemon.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Traced {
+    /// How many.
+    pub(super) processes: usize,
+    /// From the daemon's start until all are traced, in milliseconds.
+    pub(super) attach_ms: f64,
+    /// Processor time of the daemon until then.
+    pub(super) attach_cpu_s: f64,
+    /// Distinct files with code that they map, and their unwind tables' bytes.
+    pub(super) files: (usize, u64),
+    /// How often those are mapped, and the bytes if each had a table of its own.
+    pub(super) mapped: (usize, u64),
+    /// What unwind tables and lists of mappings do take.
+    pub(super) unwind_table_bytes: u64,
+    /// Kernel memory of the other BPF maps.
+    pub(super) bpf_maps_bytes: u64,
+    /// Resident bytes of the daemon.
+    pub(super) rss_bytes: u64,
+    /// The most that were ever resident.
+    pub(super) rss_peak_bytes: u64,
+    /// Processors that the daemon takes while the processes do nothing.
+    pub(super) idle_cores: f64,
+    /// From SIGTERM to the daemon's end, in milliseconds.
+    pub(super) detach_ms: f64,
 }
 
 /// A section without results.
