@@ -11,7 +11,7 @@ use memprof_common::{
 };
 use thiserror::Error;
 
-use crate::sample::{AllocKey, AllocSample, FreeSample, ImageId, Sample};
+use crate::sample::{AllocKey, AllocSample, FreeSample, ImageId, Sample, StackId};
 
 /// A record that does not say what it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -172,7 +172,7 @@ pub fn alloc_sample(key: &LiveKey, value: &LiveValue) -> Result<AllocSample, Dec
         timestamp_ns: value.timestamp_ns,
         size_bytes: value.size_bytes,
         sample_interval_bytes: value.sample_interval_bytes,
-        stack: value.stack,
+        stack: StackId::first(value.stack),
         function,
         restored: value.flags & FLAG_RESTORED != 0,
     })
@@ -215,7 +215,7 @@ mod tests {
         assert_eq!(sample.timestamp_ns, 11);
         assert_eq!(sample.size_bytes, 22);
         assert_eq!(sample.sample_interval_bytes, 33);
-        assert_eq!(sample.stack, StackKey { high: 44, low: 55 });
+        assert_eq!(sample.stack, StackId::first(StackKey { high: 44, low: 55 }));
         assert_eq!(sample.function, Function::Calloc);
         assert!(sample.restored);
     }

@@ -20,6 +20,24 @@ pub struct AllocKey {
     pub addr: u64,
 }
 
+/// A stack of one process image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StackId {
+    /// Its addresses, by the name BPF gave them.
+    pub key: StackKey,
+    /// Which of the programs and libraries that were at these addresses in turn; 0 is what
+    /// was there first.
+    pub version: u32,
+}
+
+impl StackId {
+    /// The stack with these addresses, of the code that was there first.
+    #[must_use]
+    pub const fn first(key: StackKey) -> Self {
+        Self { key, version: 0 }
+    }
+}
+
 /// A sampled allocation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AllocSample {
@@ -32,8 +50,8 @@ pub struct AllocSample {
     pub size_bytes: u64,
     /// The interval in force when the sample was taken.
     pub sample_interval_bytes: u64,
-    /// Its stack, by the name BPF gave it.
-    pub stack: StackKey,
+    /// Its stack.
+    pub stack: StackId,
     /// What was called.
     pub function: Function,
     /// A failed `realloc` gave the block back: if the daemon holds it for

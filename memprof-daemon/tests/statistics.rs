@@ -7,7 +7,7 @@
 use memprof::{
     interval::{Interval, interval_95},
     ledger::{Ledger, StackCounters},
-    sample::{AllocKey, AllocSample, FreeSample, ImageId},
+    sample::{AllocKey, AllocSample, FreeSample, ImageId, StackId},
 };
 use memprof_common::{
     function::Function,
@@ -132,7 +132,7 @@ impl Case {
                 timestamp_ns: place as u64,
                 size_bytes,
                 sample_interval_bytes: self.interval,
-                stack: StackKey::UNKNOWN,
+                stack: StackId::first(StackKey::UNKNOWN),
                 function: Function::Malloc,
                 restored: false,
             };
@@ -148,7 +148,7 @@ impl Case {
         images
             .first()
             .and_then(|image| image.stacks.first())
-            .map_or_else(StackCounters::default, |stack| stack.counters)
+            .map_or_else(StackCounters::default, |(_, stack)| stack.counters)
     }
 }
 

@@ -2,11 +2,9 @@
 
 use std::collections::{HashMap, hash_map::Entry};
 
-use memprof_common::stack::StackKey;
-
 use super::{AllocOutcome, FreeOutcome, StackCounters};
 use crate::{
-    sample::AllocSample,
+    sample::{AllocSample, StackId},
     weight::{Weight, unbias},
 };
 
@@ -18,7 +16,7 @@ pub struct LiveAllocation {
     /// What the sample stands for, fixed when it was taken.
     pub weight: Weight,
     /// Its stack.
-    pub stack: StackKey,
+    pub stack: StackId,
     /// The sweep it came after.
     generation: u32,
     /// Found in the live map, and no event has told of it since.
@@ -53,7 +51,7 @@ pub struct EventTally {
 #[derive(Debug, Default)]
 pub(super) struct ImageBooks {
     live: HashMap<u64, LiveAllocation>,
-    stacks: HashMap<StackKey, StackCounters>,
+    stacks: HashMap<StackId, StackCounters>,
     /// Untold blocks that were booked as freed without a word: (address, time),
     /// and the sweep it happened in. An event about one may still be in the ring.
     ghosts: HashMap<(u64, u64), u32>,
@@ -242,7 +240,7 @@ impl ImageBooks {
         self.live.len() as u64
     }
 
-    pub(super) fn stacks(&self) -> impl Iterator<Item = (StackKey, StackCounters)> + '_ {
+    pub(super) fn stacks(&self) -> impl Iterator<Item = (StackId, StackCounters)> + '_ {
         self.stacks
             .iter()
             .map(|(&stack, &counters)| (stack, counters))

@@ -104,6 +104,12 @@ impl Ledger {
         self.traces.contains_key(&stack)
     }
 
+    /// The frames of a stack.
+    #[must_use]
+    pub fn trace(&self, stack: StackKey) -> Option<&Arc<StackTrace>> {
+        self.traces.get(&stack)
+    }
+
     /// Tells the frames of a stack. The first to tell wins: a name stands for
     /// one stack for ever.
     pub fn add_stack(&mut self, stack: StackKey, trace: StackTrace) {
@@ -232,10 +238,8 @@ impl Ledger {
                     stacks: books
                         .stacks()
                         .filter_map(|(stack, counters)| {
-                            Some(StackSnapshot {
-                                trace: Arc::clone(self.traces.get(&stack)?),
-                                counters,
-                            })
+                            let trace = Arc::clone(self.traces.get(&stack.key)?);
+                            Some((stack, StackSnapshot { trace, counters }))
                         })
                         .collect(),
                 })

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use memprof_common::unwind::walk::StackEnd;
 
-use crate::{address::FrameAddress, sample::ImageId};
+use crate::{
+    address::FrameAddress,
+    sample::{ImageId, StackId},
+};
 
 /// Per-stack counters: estimates of the true values. In-use is derived, never
 /// stored.
@@ -112,7 +115,7 @@ pub struct ImageSnapshot {
     /// Which.
     pub image: ImageId,
     /// Its stacks, in no order.
-    pub stacks: Vec<StackSnapshot>,
+    pub stacks: Vec<(StackId, StackSnapshot)>,
 }
 
 /// All counters at one moment.

@@ -1,10 +1,10 @@
 use memprof_common::function::Function;
 
 use super::*;
-use crate::weight::unbias;
+use crate::{sample::StackId, weight::unbias};
 
-const X: StackKey = StackKey { high: 1, low: 1 };
-const Y: StackKey = StackKey { high: 2, low: 3 };
+const X: StackId = StackId::first(StackKey { high: 1, low: 1 });
+const Y: StackId = StackId::first(StackKey { high: 2, low: 3 });
 const SEVEN: ImageId = ImageId { pid: 7, epoch: 0 };
 const EIGHT: ImageId = ImageId { pid: 8, epoch: 0 };
 
@@ -29,14 +29,14 @@ fn free(sample: &AllocSample) -> FreeSample {
 
 fn ledger() -> Ledger {
     let mut ledger = Ledger::new();
-    ledger.add_stack(X, StackTrace::default());
-    ledger.add_stack(Y, StackTrace::default());
+    ledger.add_stack(X.key, StackTrace::default());
+    ledger.add_stack(Y.key, StackTrace::default());
     ledger
 }
 
 fn counters(ledger: &Ledger, image: ImageId) -> StackCounters {
     let mut sum = StackCounters::default();
-    for stack in &ledger.snapshot(|i| i == image).images[0].stacks {
+    for (_, stack) in &ledger.snapshot(|i| i == image).images[0].stacks {
         sum += stack.counters;
     }
     sum

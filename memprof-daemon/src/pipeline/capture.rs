@@ -1,27 +1,31 @@
 //! From a capture of the ledger to a profile with names.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use crate::{
+    address::{AbsAddr, FileOffset},
     export::{
         profile::{ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
         totals::ExactTotals,
     },
-    ledger::StackSnapshot,
     process::{
         info::ProcessInfo,
         mapping::MappingTable,
         perf_map::{NamedMappings, PerfMap},
     },
     symbolize::{
+        frame::Frame,
         trim::trim,
         worker::{SymbolizeError, SymbolizeHandle},
     },
 };
+
+use super::versions::GroupMappings;
+pub use super::versions::StackGroup;
 
 /// Everything a profile is made of, at one moment, without names.
 #[derive(Clone, Debug)]
@@ -55,12 +59,12 @@ pub struct ImageCapture {
     pub totals: Option<ExactTotals>,
     /// What was lost.
     pub losses: BTreeMap<&'static str, u64>,
-    /// Its mappings.
+    /// What its code was at each place first.
     pub mappings: MappingTable,
     /// Where it names the code that it has made at run time.
     pub perf_map: Option<Arc<PerfMap>>,
     /// Its counters.
-    pub stacks: Vec<StackSnapshot>,
+    pub groups: Vec<StackGroup>,
 }
 
 impl Capture {
@@ -69,7 +73,8 @@ impl Capture {
     pub fn samples(&self) -> u64 {
         self.images
             .iter()
-            .flat_map(|image| &image.stacks)
+            .flat_map(|image| &image.groups)
+            .flat_map(|group| &group.stacks)
             .map(|stack| stack.counters.samples)
             .sum()
     }
@@ -82,19 +87,32 @@ impl Capture {
     pub async fn symbolize(self, symbolizer: &SymbolizeHandle) -> Result<Profile, SymbolizeError> {
         let mut processes = Vec::with_capacity(self.images.len());
         for mut image in self.images {
-            let trimmed = trim(image.stacks, &image.mappings);
-            image.losses.insert("broken_stacks", trimmed.broken_samples);
-            let traces = trimmed
-                .stacks
-                .iter()
-                .map(|stack| Arc::clone(&stack.trace))
-                .collect();
-            let named = symbolizer
-                .symbolize(
-                    traces,
-                    Arc::new(NamedMappings::new(image.mappings, image.perf_map)),
-                )
-                .await?;
+            let first = Arc::new(NamedMappings::new(image.mappings, image.perf_map));
+            let mut broken_samples = 0;
+            let mut stacks = Vec::new();
+            for group in image.groups {
+                let mappings = GroupMappings {
+                    first: Arc::clone(&first),
+                    meanings: group.meanings,
+                };
+                let trimmed = trim(group.stacks, &mappings);
+                broken_samples += trimmed.broken_samples;
+                let traces = trimmed
+                    .stacks
+                    .iter()
+                    .map(|stack| Arc::clone(&stack.trace))
+                    .collect();
+                let named = symbolizer.symbolize(traces, Arc::new(mappings)).await?;
+                stacks.extend(trimmed.stacks.iter().zip(named).map(|(stack, frames)| {
+                    StackProfile {
+                        counters: stack.counters,
+                        frames,
+                        end: stack.trace.end,
+                        by_frame_pointer: stack.trace.by_frame_pointer,
+                    }
+                }));
+            }
+            image.losses.insert("broken_stacks", broken_samples);
             processes.push(ProcessProfile {
                 pid: image.info.pid,
                 comm: image.info.comm,
@@ -105,17 +123,7 @@ impl Capture {
                 traced: image.traced,
                 totals: image.totals,
                 losses: image.losses,
-                stacks: trimmed
-                    .stacks
-                    .iter()
-                    .zip(named)
-                    .map(|(stack, frames)| StackProfile {
-                        counters: stack.counters,
-                        frames,
-                        end: stack.trace.end,
-                        by_frame_pointer: stack.trace.by_frame_pointer,
-                    })
-                    .collect(),
+                stacks: add_up(stacks),
             });
         }
         let (kernel, arch) = host();
@@ -130,6 +138,46 @@ impl Capture {
             processes,
         })
     }
+}
+
+/// Where a frame is: its place in a file, wherever that was mapped.
+#[derive(PartialEq, Eq, Hash)]
+enum Place {
+    InFile(u64, u64, FileOffset),
+    Nowhere(AbsAddr),
+}
+
+fn place(frame: &Frame) -> Place {
+    let file = frame
+        .mapping
+        .as_ref()
+        .and_then(|mapping| mapping.file.as_ref());
+    match (file, frame.file_offset) {
+        (Some(file), Some(offset)) => Place::InFile(file.device, file.inode, offset),
+        _ => Place::Nowhere(frame.address),
+    }
+}
+
+/// Makes one of stacks that are the same, and were captured at different addresses: of a
+/// library that was unloaded and loaded elsewhere.
+fn add_up(stacks: Vec<StackProfile>) -> Vec<StackProfile> {
+    let mut sums: Vec<StackProfile> = Vec::with_capacity(stacks.len());
+    let mut known = HashMap::with_capacity(stacks.len());
+    for stack in stacks {
+        let places: Vec<Place> = stack.frames.iter().map(|frame| place(frame)).collect();
+        match known.entry((places, stack.end as u32, stack.by_frame_pointer)) {
+            Entry::Vacant(new) => {
+                new.insert(sums.len());
+                sums.push(stack);
+            }
+            Entry::Occupied(old) => {
+                if let Some(sum) = sums.get_mut(*old.get()) {
+                    sum.counters += stack.counters;
+                }
+            }
+        }
+    }
+    sums
 }
 
 /// Kernel release and machine, as `uname` has them.

@@ -19,3 +19,4 @@ mod tables;
 pub mod target;
 mod totals;
 pub mod tracer;
+mod versions;

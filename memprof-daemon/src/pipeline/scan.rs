@@ -31,10 +31,19 @@ pub(super) struct Scanner {
 pub(super) struct Scan {
     pub(super) info: ProcessInfo,
     pub(super) mappings: MappingTable,
+    /// When they were read, or a little earlier.
+    pub(super) read_ns: u64,
     pub(super) modules: Vec<AllocatorModule>,
     pub(super) exit: ExitWatch,
     /// The unwind tables of its files, by (device, inode).
     pub(super) tables: Vec<((u64, u64), FileTable)>,
+}
+
+/// The clock of samples and of records about mappings.
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 impl Scanner {
@@ -87,6 +96,7 @@ impl Scanner {
         let exit = ExitWatch::open(pid)?;
         let info = ProcessInfo::read(pid)?;
         check_machine(pid)?;
+        let read_ns = monotonic_ns();
         let mappings = read_mappings(pid, &self.files)?;
         let modules = find(&mappings)?;
         let tables = mappings
@@ -97,6 +107,7 @@ impl Scanner {
         Ok(Scan {
             info,
             mappings,
+            read_ns,
             modules,
             exit,
             tables,

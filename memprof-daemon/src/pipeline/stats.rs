@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::versions::StackVersions;
 use crate::{
     export::totals::{CallTotals, ExactTotals, SizeClass},
     ledger::EventTally,
@@ -97,6 +98,12 @@ pub struct ImageStats {
     pub swept_frees: u64,
     /// Frees taken back since a `realloc` failed.
     pub restored_allocations: u64,
+    /// Samples that were told so long after code had been replaced that it is not known any
+    /// more which they ran in.
+    pub late_samples: u64,
+    /// Places in replaced files that have no names, since too many such files would have to
+    /// be held open.
+    pub closed_places: u64,
     /// Losses by cause.
     pub dropped_events: BTreeMap<&'static str, u64>,
     /// All calls, counted exactly; null if they are not known.
@@ -110,6 +117,7 @@ impl ImageStats {
         epoch: u32,
         live: u64,
         tally: EventTally,
+        versions: &StackVersions,
         dropped_events: BTreeMap<&'static str, u64>,
         totals: Option<ExactTotals>,
     ) -> Self {
@@ -124,6 +132,8 @@ impl ImageStats {
             recovered_allocations: tally.recovered_allocations,
             swept_frees: tally.swept_frees,
             restored_allocations: tally.restored_allocations,
+            late_samples: versions.late_samples,
+            closed_places: versions.closed_places,
             dropped_events,
             totals: totals.as_ref().map(|totals| totals.calls),
             size_histogram: totals.map(|totals| totals.size_histogram),

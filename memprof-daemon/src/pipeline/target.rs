@@ -17,14 +17,15 @@ use tokio::sync::oneshot;
 use super::{
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
+    versions::StackVersions,
 };
 use crate::{
     export::profile::{ProbeSite, ProcessMemory},
     ledger::EventTally,
     probe::{attach::AttachError, find::FindError},
     process::{
+        history::CodeHistory,
         info::{ProcessError, ProcessInfo},
-        mapping::MappingTable,
         perf_map::{self, PerfMap},
     },
     ring::mmap_events::MmapEvent,
@@ -89,7 +90,8 @@ pub type AttachReply = oneshot::Sender<Result<Attached, TargetError>>;
 pub(super) struct Image {
     pub(super) id: ImageId,
     pub(super) info: ProcessInfo,
-    pub(super) mappings: MappingTable,
+    pub(super) code: CodeHistory,
+    pub(super) versions: StackVersions,
     /// Where it names the code that it makes at run time, once there is such.
     pub(super) perf_map: Option<Arc<PerfMap>>,
     /// The last reading.
@@ -112,13 +114,14 @@ impl Image {
     pub(super) fn new(
         id: ImageId,
         info: ProcessInfo,
-        mappings: MappingTable,
+        code: CodeHistory,
         losses_before: [u64; COUNTERS],
     ) -> Self {
         Self {
             id,
             info,
-            mappings,
+            code,
+            versions: StackVersions::default(),
             perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
@@ -145,7 +148,8 @@ impl Image {
     /// exited, its `/tmp` cannot be reached any more.
     pub(super) fn find_perf_map(&mut self) {
         let makes_code = || {
-            self.mappings
+            self.code
+                .now()
                 .iter()
                 // A program can name its memory: then it is `[anon:...]`.
                 .any(|mapping| {
@@ -194,6 +198,8 @@ impl Image {
         if let Some(unreported) = losses.get_mut(DropReason::AllocUnreported.name()) {
             *unreported = unreported.saturating_sub(tally.recovered_unreported);
         }
+        *losses.entry(DropReason::CutStaleTables.name()).or_default() +=
+            self.versions.stale_samples;
         losses.insert("recovered_allocations", tally.recovered_allocations);
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);

@@ -42,7 +42,7 @@ pub struct Mapping {
 
 impl Mapping {
     /// The part of this mapping within `start..end`, if there is one.
-    fn part(&self, start: AbsAddr, end: AbsAddr) -> Option<Self> {
+    pub(super) fn part(&self, start: AbsAddr, end: AbsAddr) -> Option<Self> {
         let start = start.max(self.start);
         let end = end.min(self.end);
         (start < end).then(|| Self {
@@ -56,6 +56,23 @@ impl Mapping {
             file: self.file.clone(),
             name: self.name.clone(),
         })
+    }
+
+    /// Whether the code at an address that both hold is the same: a place of one file, or
+    /// memory that the kernel calls the same.
+    #[must_use]
+    pub fn is_same_code(&self, other: &Self) -> bool {
+        match (&self.file, &other.file) {
+            (Some(a), Some(b)) => {
+                let bias = |mapping: &Self| mapping.start.0.wrapping_sub(mapping.file_offset.0);
+                // Without the file itself, the kernel's device number is known, which can
+                // be another.
+                let is_same_device = a.device == b.device || a.file.is_none() || b.file.is_none();
+                is_same_device && a.inode == b.inode && bias(self) == bias(other)
+            }
+            (None, None) => self.name == other.name,
+            _ => false,
+        }
     }
 }
 
@@ -101,6 +118,37 @@ impl MappingTable {
             .and_then(|old| old.part(end, AbsAddr(u64::MAX)));
         let replacement = before.into_iter().chain([mapping]).chain(after);
         mappings.splice(first..last, replacement.map(Arc::new));
+    }
+
+    /// Adds a mapping where nothing is known yet; what is known stays.
+    pub fn fill(&mut self, mapping: &Mapping) {
+        let mut start = mapping.start;
+        let known: Vec<(AbsAddr, AbsAddr)> = self
+            .within(mapping.start, mapping.end)
+            .map(|part| (part.start, part.end))
+            .collect();
+        for (known_start, known_end) in known {
+            if let Some(part) = mapping.part(start, known_start) {
+                self.insert(part);
+            }
+            start = known_end;
+        }
+        if let Some(part) = mapping.part(start, mapping.end) {
+            self.insert(part);
+        }
+    }
+
+    /// The parts of its mappings within a range, by address.
+    pub fn within(&self, start: AbsAddr, end: AbsAddr) -> impl Iterator<Item = Mapping> {
+        let first = self
+            .mappings
+            .partition_point(|mapping| mapping.end <= start);
+        self.mappings
+            .get(first..)
+            .unwrap_or_default()
+            .iter()
+            .take_while(move |mapping| mapping.start < end)
+            .filter_map(move |mapping| mapping.part(start, end))
     }
 
     /// Every mapping, by address.
@@ -231,6 +279,34 @@ mod tests {
             ]
         );
         assert_eq!(snapshot.len(), 3);
+    }
+
+    /// Check that what fills a table leaves what is known, also where it lies within.
+    #[test]
+    fn fills_gaps_only() {
+        let mut table = MappingTable::default();
+        table.extend([
+            mapping(0x2000, 0x3000, 0, "a"),
+            mapping(0x4000, 0x5000, 0, "b"),
+        ]);
+        table.fill(&mapping(0x1000, 0x7000, 0x100, "new"));
+        table.fill(&mapping(0x2000, 0x5000, 0, "again"));
+        let new = |start, end| (start, end, start - 0x1000 + 0x100, "new".to_owned());
+        assert_eq!(
+            ranges(&table),
+            [
+                new(0x1000, 0x2000),
+                (0x2000, 0x3000, 0, "a".to_owned()),
+                new(0x3000, 0x4000),
+                (0x4000, 0x5000, 0, "b".to_owned()),
+                new(0x5000, 0x7000),
+            ]
+        );
+        let within: Vec<_> = table
+            .within(AbsAddr(0x2800), AbsAddr(0x4000))
+            .map(|m| (m.start.0, m.file_offset.0))
+            .collect();
+        assert_eq!(within, [(0x2800, 0x800), (0x3000, 0x2100)]);
     }
 
     /// Check the table against a plain model that stores each page's owner, over

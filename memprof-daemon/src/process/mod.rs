@@ -5,6 +5,7 @@ pub mod debug_info;
 pub mod elf;
 pub mod exit;
 pub mod files;
+pub mod history;
 pub mod info;
 pub mod mapping;
 pub mod maps;

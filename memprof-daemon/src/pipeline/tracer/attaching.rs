@@ -18,6 +18,7 @@ use crate::{
         attach::{AttachError, Site},
         find::AllocatorModule,
     },
+    process::history::CodeHistory,
     sample::ImageId,
 };
 
@@ -70,9 +71,12 @@ impl Tracer {
         let image = ImageId { pid, epoch: 0 };
         let pending = std::mem::take(&mut target.pending_mappings);
         target.tables.extend(scan.tables);
-        target
-            .images
-            .push(Image::new(image, scan.info, scan.mappings, [0; _]));
+        target.images.push(Image::new(
+            image,
+            scan.info,
+            CodeHistory::new(scan.mappings, scan.read_ns),
+            [0; _],
+        ));
         for event in pending {
             self.map_file(&event);
         }

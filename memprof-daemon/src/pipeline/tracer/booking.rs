@@ -1,8 +1,9 @@
 //! Samples into the books, and the books to the truth.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use memprof_common::{
+    config::Unwind,
     counters::DropReason,
     stack::{StackKey, StackRecord},
     unwind::walk::{END_BY_FRAME_POINTER, StackEnd},
@@ -13,8 +14,9 @@ use super::Tracer;
 use crate::{
     address::{AbsAddr, FrameAddress},
     decode::{alloc_key, alloc_sample, decode, is_unsent},
-    ledger::StackTrace,
-    sample::{AllocKey, ImageId, Sample},
+    ledger::{AllocOutcome, StackTrace},
+    pipeline::target::{Image, Target},
+    sample::{AllocKey, AllocSample, ImageId, Sample},
 };
 
 /// Losses after which the books differ from the live map.
@@ -28,12 +30,13 @@ const REPAIRED_BY_SWEEP: [DropReason; 3] = [
 const MAX_SWEEPS: u32 = 4;
 
 impl Tracer {
-    pub(super) fn apply(&mut self, sample: &Sample) {
+    fn apply(&mut self, sample: &Sample) {
         match sample {
             Sample::Alloc(alloc) => {
                 self.meet_image(alloc.key.image, None);
-                self.learn_stack(alloc.stack);
-                self.ledger.alloc(alloc);
+                let alloc = self.with_version(alloc);
+                let outcome = self.ledger.alloc(&alloc);
+                self.note_version(&alloc, outcome);
             }
             Sample::Free(free) => {
                 self.meet_image(free.key.image, None);
@@ -56,6 +59,17 @@ impl Tracer {
         }
     }
 
+    /// Books what the ring has told. Records about the code that the samples ran in were
+    /// written before: so they are there to be read by now.
+    pub(super) fn apply_all(&mut self, samples: &[Sample]) {
+        if !samples.is_empty() {
+            self.drain_mmap_events();
+        }
+        for sample in samples {
+            self.apply(sample);
+        }
+    }
+
     /// Everything that is in the ring now into the books; whether there were
     /// allocations among it.
     pub(super) fn drain_ring(&mut self) -> bool {
@@ -66,9 +80,7 @@ impl Tracer {
             Err(_) => undecodable += 1,
         });
         self.undecodable_events += undecodable;
-        for sample in &samples {
-            self.apply(sample);
-        }
+        self.apply_all(&samples);
         self.write_stack_copies();
         samples
             .iter()
@@ -92,6 +104,40 @@ impl Tracer {
                 self.missing_stacks += 1;
                 debug!(%error, "a stack is not in the BPF map");
                 self.ledger.add_stack(stack, StackTrace::default());
+            }
+        }
+    }
+
+    /// The sample, with the version of its stack: what code its addresses were at its time.
+    fn with_version(&mut self, sample: &AllocSample) -> AllocSample {
+        self.learn_stack(sample.stack.key);
+        let mut sample = *sample;
+        let by_tables = self.options.unwind != Unwind::FramePointers;
+        if let Some(trace) = self.ledger.trace(sample.stack.key)
+            && let Some(image) = image_of(&mut self.targets, sample.key.image)
+        {
+            let stack = (sample.stack.key, &**trace);
+            let time_ns = sample.timestamp_ns;
+            sample.stack.version = image
+                .versions
+                .version(&image.code, stack, time_ns, by_tables);
+        }
+        sample
+    }
+
+    /// Counts a sample that was booked, if its walk took code for what was there before, or
+    /// if it is not known any more what was.
+    fn note_version(&mut self, sample: &AllocSample, outcome: AllocOutcome) {
+        let is_new = matches!(
+            outcome,
+            AllocOutcome::Recorded | AllocOutcome::Replaced | AllocOutcome::Stale
+        );
+        if is_new && let Some(image) = image_of(&mut self.targets, sample.key.image) {
+            if image.versions.is_stale(sample.stack) {
+                image.versions.stale_samples += 1;
+            }
+            if image.code.is_forgotten(sample.timestamp_ns) {
+                image.versions.late_samples += 1;
             }
         }
     }
@@ -159,11 +205,13 @@ impl Tracer {
                 return;
             }
         };
+        self.drain_mmap_events();
         for (key, value) in entries.iter().filter(|(_, value)| is_unsent(value)) {
             if let Ok(sample) = alloc_sample(key, value) {
                 self.meet_image(sample.key.image, None);
-                self.learn_stack(sample.stack);
-                self.ledger.recover(&sample);
+                let sample = self.with_version(&sample);
+                let outcome = self.ledger.recover(&sample);
+                self.note_version(&sample, outcome);
             }
         }
         self.sweep_again = self.drain_ring();
@@ -194,6 +242,11 @@ impl Tracer {
             }
         }
     }
+}
+
+fn image_of(targets: &mut BTreeMap<u32, Target>, id: ImageId) -> Option<&mut Image> {
+    let images = &mut targets.get_mut(&id.pid)?.images;
+    images.iter_mut().rev().find(|image| image.id == id)
 }
 
 fn trace(record: &StackRecord) -> StackTrace {

@@ -11,10 +11,7 @@ use crate::{
         target::{Image, State, TargetError},
     },
     probe::mode::ProbeMode,
-    process::{
-        info::{ProcessInfo, first_thread_has_ended},
-        mapping::MappingTable,
-    },
+    process::info::{ProcessInfo, first_thread_has_ended},
     ring::mmap_events::MmapEvent,
     sample::ImageId,
 };
@@ -64,7 +61,7 @@ impl Tracer {
         };
         let file = mapping.file.clone();
         if let Some(image) = target.images.last_mut() {
-            image.mappings.insert(mapping);
+            image.code.learn(&mapping, event.timestamp_ns);
         }
         let Some(file) = file else {
             return;
@@ -129,9 +126,7 @@ impl Tracer {
             && current.info.start_ticks == scan.info.start_ticks
         {
             current.info = scan.info;
-            for mapping in scan.mappings.iter() {
-                current.mappings.insert(mapping.as_ref().clone());
-            }
+            current.code.learn_all(&scan.mappings, scan.read_ns);
             target.tables.extend(scan.tables);
             self.compile_missing(image.pid);
             self.publish_mappings(image.pid);
@@ -171,9 +166,7 @@ impl Tracer {
                 exe: String::new(),
                 ..before.clone()
             });
-        // The records about the new program's mappings may have been taken for
-        // the old one's: start from those. New ones win where they overlap.
-        let mappings: MappingTable = current.mappings.clone();
+        let code = current.code.inherit();
         info!(
             pid = image.pid,
             epoch = image.epoch,
@@ -187,7 +180,7 @@ impl Tracer {
         if let Some(current) = target.images.last_mut() {
             current.end(losses);
         }
-        let mut next = Image::new(image, info, mappings, losses);
+        let mut next = Image::new(image, info, code, losses);
         next.totals.set_base(totals_base);
         target.images.push(next);
         target.seen_files.clear();

@@ -7,7 +7,11 @@ use tracing::warn;
 
 use super::{Command, Tracer};
 use crate::{
-    pipeline::tables::{FileTable, mapping_entry},
+    pipeline::{
+        scan::monotonic_ns,
+        tables::{FileTable, mapping_entry},
+        target::Target,
+    },
     sample::ImageId,
 };
 
@@ -27,7 +31,8 @@ impl Tracer {
         };
         let epoch = image.id.epoch;
         let entries: Vec<MappingEntry> = image
-            .mappings
+            .code
+            .now()
             .iter()
             // The search in BPF takes addresses of user space, and no stack leads to the
             // page that the kernel shows above.
@@ -55,8 +60,13 @@ impl Tracer {
         let told = MappingList::new(list.first(), entries.len() as u32);
         // The old list goes after BPF knows the new one.
         let old = target.list.replace((list, told, epoch));
-        if let Err(error) = self.tell_bpf(pid) {
-            warn!(pid, %error, "stacks through new code will be cut");
+        match self.tell_bpf(pid) {
+            Ok(()) => {
+                if let Some(image) = self.targets.get_mut(&pid).and_then(Target::current) {
+                    image.code.told(monotonic_ns());
+                }
+            }
+            Err(error) => warn!(pid, %error, "stacks through new code will be cut"),
         }
         drop(old);
         // Tables of what was unloaded, or belonged to the program before: BPF has forgotten
@@ -65,7 +75,8 @@ impl Tracer {
             && let Some(image) = target.images.last()
         {
             let used: HashSet<(u64, u64)> = image
-                .mappings
+                .code
+                .now()
                 .iter()
                 .filter_map(|mapping| mapping.file.as_ref())
                 .map(|file| (file.device, file.inode))
@@ -83,7 +94,8 @@ impl Tracer {
             return;
         };
         let files: Vec<_> = image
-            .mappings
+            .code
+            .now()
             .files()
             .into_iter()
             .filter(|file| {
@@ -123,7 +135,8 @@ impl Tracer {
             .is_some_and(|(_, _, epoch)| *epoch == image.epoch)
             && target.images.last().is_some_and(|image| {
                 image
-                    .mappings
+                    .code
+                    .now()
                     .iter()
                     .any(|mapping| mapping.start.0 < address && address <= mapping.end.0)
             });

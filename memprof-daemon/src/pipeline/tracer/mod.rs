@@ -410,9 +410,8 @@ impl Tracer {
                 }
             }
             self.undecodable_events += undecodable;
-            for sample in batch.drain(..) {
-                self.apply(&sample);
-            }
+            self.apply_all(&batch);
+            batch.clear();
             self.close_replaced();
             self.write_stack_copies();
         }

@@ -49,9 +49,11 @@ impl Tracer {
                     traced: image.traced(),
                     totals: image.totals.exact(),
                     losses: image.losses(losses, &self.ledger.tally(image.id)),
-                    mappings: image.mappings.clone(),
+                    mappings: image.code.first().clone(),
                     perf_map: image.perf_map.clone(),
-                    stacks: snapshot.remove(&image.id).unwrap_or_default(),
+                    groups: image
+                        .versions
+                        .group(snapshot.remove(&image.id).unwrap_or_default()),
                 });
             }
         }
@@ -127,6 +129,7 @@ impl Tracer {
                                     image.id.epoch,
                                     self.ledger.live(image.id),
                                     tally,
+                                    &image.versions,
                                     image.losses(losses, &tally),
                                     image.totals.exact(),
                                 )
