@@ -26,8 +26,10 @@ use crate::{
 };
 
 mod points;
+mod standalone;
 
 use points::Place;
+use standalone::is_standalone;
 
 /// Of a symbol table and of its names, what lies beyond is not read: the largest
 /// programs have a tenth of it, and a sparse file can claim any size.
@@ -187,6 +189,10 @@ impl Finder {
             let (path, functions) = (file.path.display(), &read.indirect);
             tracing::warn!(%path, ?functions, "not probed: the file chooses them at run time");
         }
+        if !read.ambiguous.is_empty() {
+            let (path, functions) = (file.path.display(), &read.ambiguous);
+            tracing::warn!(%path, ?functions, "not probed: the file has several of that name");
+        }
         let mut cache = lock();
         if cache.len() >= MAX_CACHED {
             cache.clear();
@@ -201,6 +207,8 @@ impl Finder {
 struct Definitions {
     sites: Vec<FoundSite>,
     indirect: Vec<Function>,
+    /// Functions that several of its parts define, each for itself.
+    ambiguous: Vec<Function>,
     is_loader: bool,
 }
 
@@ -223,6 +231,9 @@ impl Definitions {
         let mut found = Self::default();
         // All, then in order of place and `Function::ALL`.
         let mut places: Vec<Place> = Vec::new();
+        // Of symbols that no other file can see.
+        let mut local: Vec<Place> = Vec::new();
+        let is_standalone = is_standalone(file)?;
         for table in &layout.symbol_tables {
             let names = find_names(file, table)?;
             if names.is_empty() {
@@ -230,6 +241,14 @@ impl Definitions {
             }
             for_each_symbol(file, table, |symbol| match names.get(&symbol.name) {
                 Some(Name::LoaderMark) => found.is_loader |= symbol.defined,
+                Some(Name::Function(function))
+                    if is_standalone
+                        && symbol.is_local
+                        && symbol.kind == elf::STT_FUNC.0
+                        && local.len() <= MAX_MATCHES =>
+                {
+                    local.extend(Place::of(&layout, symbol, *function));
+                }
                 Some(Name::Function(function)) if symbol.defined => match symbol.kind {
                     kind if kind == elf::STT_FUNC.0 && places.len() <= MAX_MATCHES => {
                         places.extend(Place::of(&layout, symbol, *function));
@@ -242,9 +261,10 @@ impl Definitions {
                 _ => {}
             })?;
         }
-        if places.len() > MAX_MATCHES {
+        if places.len().max(local.len()) > MAX_MATCHES {
             return Err(ElfError::Malformed("the same functions too often"));
         }
+        found.ambiguous = points::add_local(&mut places, local);
         found.sites = points::choose_all(file, &layout, points::starts(places))?;
         Ok(found)
     }
@@ -311,6 +331,8 @@ struct Symbol {
     /// imported function in an executable can have a value too, its PLT stub's,
     /// but has no section.
     defined: bool,
+    /// Visible in this file alone, and has a place in it.
+    is_local: bool,
 }
 
 fn for_each_symbol(
@@ -323,14 +345,14 @@ fn for_each_symbol(
         for symbol in chunk.chunks_exact(SYMBOL_BYTES).map(Fields) {
             let (info, section, value) = (symbol.u8(4), symbol.u16(6), symbol.u64(8));
             let binding = info >> 4;
+            let has_place = section != elf::SHN_UNDEF.0 && value != 0;
             on_symbol(&Symbol {
                 name: symbol.u32(0),
                 kind: info & 0xf,
                 address: VirtOffset(value),
                 size: symbol.u64(16),
-                defined: (binding == elf::STB_GLOBAL.0 || binding == elf::STB_WEAK.0)
-                    && section != elf::SHN_UNDEF.0
-                    && value != 0,
+                defined: (binding == elf::STB_GLOBAL.0 || binding == elf::STB_WEAK.0) && has_place,
+                is_local: binding == elf::STB_LOCAL.0 && has_place,
             });
         }
     })

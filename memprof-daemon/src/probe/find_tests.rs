@@ -303,6 +303,63 @@ fn static_program() {
     site(&module, Function::Realloc);
 }
 
+/// Check that a static program which can be at any address is found, where linkers make
+/// local symbols of hidden functions; in every way that such programs are linked.
+#[test]
+fn standalone_programs() {
+    let scratch = Scratch::new("standalone");
+    let source = "#include <stdlib.h>\nint main() { free(realloc(malloc(1), 9)); }";
+    for options in [
+        &["-static-pie"][..],
+        &["-static-pie", "-flto"],
+        &["-static-pie", "-ffunction-sections", "-Wl,--gc-sections"],
+        &["-static-pie", "-Wl,--exclude-libs,ALL"],
+        &["-static", "-Wl,--exclude-libs,ALL"],
+    ] {
+        let path = scratch.build(source, options);
+        let module = Finder::default().find(&mapped(&path));
+        let module = module.unwrap_or_else(|| panic!("{options:?}"));
+        for function in [Function::Malloc, Function::Realloc, Function::Free] {
+            site(&module, function);
+        }
+    }
+}
+
+/// Check that local functions of an allocator's names are none: in a program with a loader,
+/// in a library, beside one that all can see, and where there are several.
+#[test]
+fn unrelated_local_functions() {
+    let scratch = Scratch::new("local");
+    let source = "static __attribute__((used, noinline)) void *malloc(long n) { return (void *)n; }\
+        static __attribute__((used, noinline)) void free(void *p) { *(volatile char *)p; }\
+        int main() { return 0; }";
+    for options in [&["-pie"][..], &["-no-pie"], &["-shared", "-fPIC"]] {
+        let path = scratch.build(source, options);
+        assert!(
+            Finder::default().find(&mapped(&path)).is_none(),
+            "{options:?}"
+        );
+    }
+    // The C library has its own besides.
+    let path = scratch.build(source, &["-static"]);
+    let module = Finder::default().find(&mapped(&path)).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let object = object::File::parse(&*bytes).unwrap();
+    use object::read::{Object, ObjectSymbol};
+    let global = object
+        .symbols()
+        .find(|symbol| symbol.name() == Ok("malloc") && !symbol.is_local())
+        .unwrap();
+    let layout = ElfLayout::read(&File::open(&path).unwrap()).unwrap();
+    let place = layout.code_offset(VirtOffset(global.address())).unwrap();
+    assert_eq!(site(&module, Function::Malloc).file_offset, place);
+    // There, it is local too: nobody knows which of the two.
+    let path = scratch.build(source, &["-static-pie"]);
+    let definitions = Definitions::read(&File::open(&path).unwrap()).unwrap();
+    assert_eq!(definitions.ambiguous, [Function::Malloc]);
+    assert!(Finder::default().find(&mapped(&path)).is_none());
+}
+
 /// Check that an executable which takes the address of an imported malloc, and
 /// so has a value for it, does not count as defining it.
 #[test]

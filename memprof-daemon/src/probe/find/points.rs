@@ -42,6 +42,25 @@ impl Place {
     }
 }
 
+/// Adds those functions that have no place yet, and one in `local`. Those that have several
+/// there are left out and returned: which of them the program allocates by is not known.
+pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<Function> {
+    local.retain(|place| !places.iter().any(|known| known.function == place.function));
+    let mut ambiguous = Vec::new();
+    for &function in Function::ALL {
+        let mut of_it = local.iter().filter(|place| place.function == function);
+        let Some(first) = of_it.next() else {
+            continue;
+        };
+        if of_it.all(|other| other.file_offset == first.file_offset) {
+            places.push(*first);
+        } else {
+            ambiguous.push(function);
+        }
+    }
+    ambiguous
+}
+
 /// A place where a function starts, or several.
 pub(super) struct Start {
     place: Place,
