@@ -3,12 +3,13 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `totals` reads what BPF has counted,
-//! `reporting` answers those who ask. What blocks (reading files, attaching) runs
+//! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
 
 mod attaching;
 mod booking;
 mod config;
+mod handle;
 mod life;
 mod mappings;
 mod reporting;
@@ -22,7 +23,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use memprof_common::{
     config::{TargetConfig, Unwind},
     counters::{COUNTERS, TargetCounters},
@@ -31,27 +32,21 @@ use memprof_common::{
 };
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::MissedTickBehavior,
 };
 use tracing::{error, warn};
 
-use self::attaching::{Found, SiteBatch};
+use self::handle::Command;
+pub use self::handle::TracerHandle;
 use super::{
-    capture::Capture,
-    prober::ProberHandle,
-    scan::{Scan, Scanner},
-    stack_copies::StackCopies,
-    stats::{ProcessSummary, Stats},
-    tables::{FileTable, TableStore},
-    target::{AttachReply, Attached, Target, TargetError},
+    prober::ProberHandle, scan::Scanner, stack_copies::StackCopies, tables::TableStore,
+    target::Target,
 };
 use crate::{
-    config::Config,
     decode::decode,
     ledger::Ledger,
     probe::{
-        attach::AttachError,
         live_map::LiveMap,
         loader::{self, LoadError, LoadOptions, Sizes},
         mode::{ModeChoice, ProbeMode},
@@ -100,60 +95,6 @@ pub enum StartError {
     Io(#[from] io::Error),
 }
 
-/// What the tracer is asked or told.
-pub(super) enum Command {
-    Attach {
-        pid: u32,
-        reply: AttachReply,
-    },
-    Scanned {
-        pid: u32,
-        result: Result<Box<Scan>, TargetError>,
-    },
-    Rescanned {
-        image: ImageId,
-        result: Result<Box<Scan>, TargetError>,
-    },
-    Found(Found),
-    AttachDone {
-        pid: u32,
-        batch: SiteBatch,
-        result: Result<Duration, AttachError>,
-    },
-    Detached {
-        pid: u32,
-        time: Option<Duration>,
-    },
-    Exited {
-        pid: u32,
-    },
-    Compiled {
-        pid: u32,
-        file: (u64, u64),
-        table: FileTable,
-    },
-    Capture {
-        pid: Option<u32>,
-        reply: oneshot::Sender<Capture>,
-    },
-    Stats {
-        reply: oneshot::Sender<Stats>,
-    },
-    Config {
-        reply: oneshot::Sender<Config>,
-    },
-    SetConfig {
-        config: Config,
-        reply: oneshot::Sender<Result<Config, MapError>>,
-    },
-    Processes {
-        reply: oneshot::Sender<Vec<ProcessSummary>>,
-    },
-    Stop {
-        reply: oneshot::Sender<Option<Duration>>,
-    },
-}
-
 /// Commands that may wait. Senders wait when there are more.
 const QUEUE: usize = 256;
 
@@ -166,102 +107,6 @@ const TICK: Duration = Duration::from_millis(100);
 /// How many ticks pass between rounds of what costs more: sweeps, and readings
 /// of the targets' memory.
 const SLOW_TICKS: u32 = 10;
-
-/// Talks to the tracer.
-#[derive(Clone, Debug)]
-pub struct TracerHandle {
-    commands: mpsc::Sender<Command>,
-    live: watch::Receiver<usize>,
-}
-
-impl TracerHandle {
-    /// Traces a process; returns when its probes are in place.
-    ///
-    /// # Errors
-    ///
-    /// [`TargetError`]; nothing of the process stays attached.
-    pub async fn attach(&self, pid: u32) -> Result<Attached, TargetError> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(Command::Attach { pid, reply })
-            .await
-            .map_err(|_| TargetError::Stopped)?;
-        answer.await.map_err(|_| TargetError::Stopped)?
-    }
-
-    /// As [`Self::attach`], for a thread outside of the runtime.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::attach`].
-    pub fn attach_blocking(&self, pid: u32) -> Result<Attached, TargetError> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .blocking_send(Command::Attach { pid, reply })
-            .map_err(|_| TargetError::Stopped)?;
-        answer.blocking_recv().map_err(|_| TargetError::Stopped)?
-    }
-
-    /// Copies the counters of one process or of all; none if the tracer has
-    /// ended.
-    pub async fn capture(&self, pid: Option<u32>) -> Option<Capture> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(Command::Capture { pid, reply })
-            .await
-            .ok()?;
-        answer.await.ok()
-    }
-
-    /// What the tracer tells about itself; none if it has ended.
-    pub async fn stats(&self) -> Option<Stats> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Stats { reply }).await.ok()?;
-        answer.await.ok()
-    }
-
-    /// The settings in force; none if the tracer has ended.
-    pub async fn config(&self) -> Option<Config> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Config { reply }).await.ok()?;
-        answer.await.ok()
-    }
-
-    /// Puts settings in force, for all processes or for none; none if the tracer
-    /// has ended.
-    pub async fn set_config(&self, config: Config) -> Option<Result<Config, MapError>> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(Command::SetConfig { config, reply })
-            .await
-            .ok()?;
-        answer.await.ok()
-    }
-
-    /// The processes that are or were traced; none if the tracer has ended.
-    pub async fn processes(&self) -> Option<Vec<ProcessSummary>> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(Command::Processes { reply })
-            .await
-            .ok()?;
-        answer.await.ok()
-    }
-
-    /// Takes every probe off and ends the tracer; how long the kernel took.
-    pub async fn stop(&self) -> Option<Duration> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Stop { reply }).await.ok()?;
-        answer.await.ok()?
-    }
-
-    /// Waits until no traced process is left.
-    pub async fn all_exited(&self) {
-        let mut live = self.live.clone();
-        // An error means that the tracer is gone, and its processes with it.
-        let _ = live.wait_for(|&live| live == 0).await;
-    }
-}
 
 /// The owner of the books, of the maps and of all targets.
 pub struct Tracer {
@@ -366,10 +211,7 @@ impl Tracer {
             missing_stacks: 0,
         };
         tokio::spawn(tracer.run());
-        Ok(TracerHandle {
-            commands: sender,
-            live: live_receiver,
-        })
+        Ok(TracerHandle::new(sender, live_receiver))
     }
 
     async fn run(mut self) {

@@ -1,0 +1,174 @@
+//! What the tracer can be asked, and how.
+
+use std::time::Duration;
+
+use aya::maps::MapError;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::attaching::{Found, SiteBatch};
+use crate::{
+    config::Config,
+    pipeline::{
+        capture::Capture,
+        scan::Scan,
+        stats::{ProcessSummary, Stats},
+        tables::FileTable,
+        target::{AttachReply, Attached, TargetError},
+    },
+    probe::attach::AttachError,
+    sample::ImageId,
+};
+
+/// What the tracer is asked or told.
+pub(in crate::pipeline) enum Command {
+    Attach {
+        pid: u32,
+        reply: AttachReply,
+    },
+    Scanned {
+        pid: u32,
+        result: Result<Box<Scan>, TargetError>,
+    },
+    Rescanned {
+        image: ImageId,
+        result: Result<Box<Scan>, TargetError>,
+    },
+    Found(Found),
+    AttachDone {
+        pid: u32,
+        batch: SiteBatch,
+        result: Result<Duration, AttachError>,
+    },
+    Detached {
+        pid: u32,
+        time: Option<Duration>,
+    },
+    Exited {
+        pid: u32,
+    },
+    Compiled {
+        pid: u32,
+        file: (u64, u64),
+        table: FileTable,
+    },
+    Capture {
+        pid: Option<u32>,
+        reply: oneshot::Sender<Capture>,
+    },
+    Stats {
+        reply: oneshot::Sender<Stats>,
+    },
+    Config {
+        reply: oneshot::Sender<Config>,
+    },
+    SetConfig {
+        config: Config,
+        reply: oneshot::Sender<Result<Config, MapError>>,
+    },
+    Processes {
+        reply: oneshot::Sender<Vec<ProcessSummary>>,
+    },
+    Stop {
+        reply: oneshot::Sender<Option<Duration>>,
+    },
+}
+
+/// Talks to the tracer.
+#[derive(Clone, Debug)]
+pub struct TracerHandle {
+    commands: mpsc::Sender<Command>,
+    live: watch::Receiver<usize>,
+}
+
+impl TracerHandle {
+    pub(super) const fn new(commands: mpsc::Sender<Command>, live: watch::Receiver<usize>) -> Self {
+        Self { commands, live }
+    }
+
+    /// Traces a process; returns when its probes are in place.
+    ///
+    /// # Errors
+    ///
+    /// [`TargetError`]; nothing of the process stays attached.
+    pub async fn attach(&self, pid: u32) -> Result<Attached, TargetError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::Attach { pid, reply })
+            .await
+            .map_err(|_| TargetError::Stopped)?;
+        answer.await.map_err(|_| TargetError::Stopped)?
+    }
+
+    /// As [`Self::attach`], for a thread outside of the runtime.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach`].
+    pub fn attach_blocking(&self, pid: u32) -> Result<Attached, TargetError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .blocking_send(Command::Attach { pid, reply })
+            .map_err(|_| TargetError::Stopped)?;
+        answer.blocking_recv().map_err(|_| TargetError::Stopped)?
+    }
+
+    /// Copies the counters of one process or of all; none if the tracer has
+    /// ended.
+    pub async fn capture(&self, pid: Option<u32>) -> Option<Capture> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::Capture { pid, reply })
+            .await
+            .ok()?;
+        answer.await.ok()
+    }
+
+    /// What the tracer tells about itself; none if it has ended.
+    pub async fn stats(&self) -> Option<Stats> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Stats { reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// The settings in force; none if the tracer has ended.
+    pub async fn config(&self) -> Option<Config> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Config { reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Puts settings in force, for all processes or for none; none if the tracer
+    /// has ended.
+    pub async fn set_config(&self, config: Config) -> Option<Result<Config, MapError>> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::SetConfig { config, reply })
+            .await
+            .ok()?;
+        answer.await.ok()
+    }
+
+    /// The processes that are or were traced; none if the tracer has ended.
+    pub async fn processes(&self) -> Option<Vec<ProcessSummary>> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::Processes { reply })
+            .await
+            .ok()?;
+        answer.await.ok()
+    }
+
+    /// Takes every probe off and ends the tracer; how long the kernel took.
+    pub async fn stop(&self) -> Option<Duration> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Stop { reply }).await.ok()?;
+        answer.await.ok()?
+    }
+
+    /// Waits until no traced process is left.
+    pub async fn all_exited(&self) {
+        let mut live = self.live.clone();
+        // An error means that the tracer is gone, and its processes with it.
+        let _ = live.wait_for(|&live| live == 0).await;
+    }
+}
