@@ -37,6 +37,15 @@ pub struct Stats {
     pub unwind: &'static str,
     /// Bytes of kernel memory for unwind tables and lists of mappings.
     pub unwind_table_bytes: u64,
+    /// Lists of mappings that BPF was told.
+    pub mapping_lists: u64,
+    /// Milliseconds that telling them took, in all.
+    pub mapping_lists_ms: f64,
+    /// The longest that it took from a mapping to the moment at which BPF could walk stacks
+    /// through it, in milliseconds.
+    pub longest_table_delay_ms: f64,
+    /// The longest that one piece of work has kept all others waiting, in milliseconds.
+    pub longest_round_ms: f64,
     /// One entry a target.
     pub processes: Vec<ProcessStats>,
 }

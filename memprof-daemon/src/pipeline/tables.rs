@@ -7,12 +7,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use memprof_common::unwind::table::{MappingEntry, MappingKind};
+use memprof_common::unwind::table::{MappingEntry, MappingKind, SLAB_WORDS};
 use tracing::{debug, warn};
 
 use crate::{
     address::VirtOffset,
-    probe::arena::{Arena, ArenaError, Words},
+    probe::arena::{Arena, ArenaError, SlabMaker, Words},
     process::{
         content::Content,
         elf::{ElfLayout, Segment},
@@ -64,17 +64,23 @@ enum Known {
 #[derive(Debug)]
 pub(super) struct TableStore {
     arena: Arc<Mutex<Arena>>,
+    /// Locked before the arena, and while that grows.
+    maker: Mutex<SlabMaker>,
     known: Mutex<HashMap<Content, Entry>>,
     vdso: Mutex<Option<FileTable>>,
 }
+
+/// Words to be free in one piece: more than two of the largest lists.
+const SPARE_WORDS: u32 = SLAB_WORDS / 2;
 
 /// Entries that are kept at least before those without a table are forgotten.
 const KEEP: usize = 1024;
 
 impl TableStore {
-    pub(super) fn new(arena: Arena) -> Self {
+    pub(super) fn new((arena, maker): (Arena, SlabMaker)) -> Self {
         Self {
             arena: Arc::new(Mutex::new(arena)),
+            maker: Mutex::new(maker),
             known: Mutex::new(HashMap::new()),
             vdso: Mutex::new(None),
         }
@@ -180,7 +186,8 @@ impl TableStore {
 
     fn load(&self, table: &Table, segments: Vec<Segment>) -> Result<Arc<LoadedTable>, ArenaError> {
         let all = [&table.rows[..], &table.wide[..], &table.pages[..]].concat();
-        let words = lock(&self.arena).store(&all)?;
+        // The next list of mappings is not to wait for room.
+        let words = self.store(&all, SPARE_WORDS)?;
         // They fit, or `store` would have failed.
         let wide = words.first + table.rows.len() as u32;
         let pages = wide + table.wide.len() as u32;
@@ -195,10 +202,61 @@ impl TableStore {
         }))
     }
 
-    /// Hands a list of mappings to BPF.
+    /// Stores words such that `spare` more could be after them.
+    fn store(&self, words: &[u64], spare: u32) -> Result<Words, ArenaError> {
+        let wanted = u32::try_from(words.len())
+            .ok()
+            .and_then(|count| count.checked_add(spare))
+            .ok_or(ArenaError::Full)?;
+        let store = || {
+            let mut arena = lock(&self.arena);
+            if arena.has_room(wanted) {
+                arena.store(words)
+            } else {
+                Ok(None)
+            }
+        };
+        if let Some(stored) = store()? {
+            return Ok(stored);
+        }
+        let mut maker = lock(&self.maker);
+        loop {
+            // Others may have made it grow.
+            if let Some(stored) = store()? {
+                return Ok(stored);
+            }
+            let slab = maker.make()?;
+            lock(&self.arena).add(slab);
+        }
+    }
+
+    /// Whether the next lists of mappings may have to wait for room.
+    pub(super) fn is_low(&self) -> bool {
+        !lock(&self.arena).has_room(SPARE_WORDS)
+    }
+
+    /// Makes room ahead of need. Blocks.
+    pub(super) fn make_room(&self) {
+        // Somebody who makes some comes by here.
+        let Ok(mut maker) = self.maker.try_lock() else {
+            return;
+        };
+        while self.is_low() {
+            match maker.make() {
+                Ok(slab) => lock(&self.arena).add(slab),
+                Err(error) => {
+                    // Who needs it is told.
+                    debug!(%error, "no room for unwind tables ahead of need");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Hands a list of mappings to BPF. Waits if there [is little room](Self::is_low).
     pub(super) fn store_list(&self, entries: &[MappingEntry]) -> Result<LoadedList, ArenaError> {
         let words: Vec<u64> = entries.iter().flat_map(|entry| entry.to_words()).collect();
-        let words = lock(&self.arena).store(&words)?;
+        let words = self.store(&words, 0)?;
         Ok(LoadedList {
             arena: Arc::clone(&self.arena),
             words,

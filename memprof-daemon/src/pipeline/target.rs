@@ -281,6 +281,8 @@ pub(super) struct Target {
     pub(super) tables: HashMap<(u64, u64), FileTable>,
     /// Files whose tables are being compiled.
     pub(super) compiling: HashSet<(u64, u64)>,
+    /// Files without a table yet, and when they were mapped first.
+    pub(super) mapped_ns: HashMap<(u64, u64), u64>,
     /// What BPF was told of its mappings: the list, how it is told, and whose.
     pub(super) list: Option<(LoadedList, MappingList, u32)>,
     /// When its mappings were last read again since BPF met unknown code.
@@ -316,6 +318,7 @@ impl Target {
             execs_told: 0,
             tables: HashMap::new(),
             compiling: HashSet::new(),
+            mapped_ns: HashMap::new(),
             list: None,
             rescanned: None,
             next_totals_base: Some(TargetTotals::default()),

@@ -47,9 +47,48 @@ pub struct Words {
     pub count: u32,
 }
 
+/// A slab of the arena.
+#[derive(Debug)]
+pub struct Slab(MappedArray<AtomicU64>);
+
+/// Makes slabs, one after the other: apart from the arena, which others need meanwhile,
+/// since the kernel waits for a grace period when an array of maps changes
+/// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c).
+pub struct SlabMaker {
+    slabs_map: ArrayOfMaps<MapData>,
+    made: u32,
+}
+
+impl SlabMaker {
+    /// The next slab, which BPF sees from now on. To be added to the arena before the next
+    /// is made.
+    ///
+    /// # Errors
+    ///
+    /// [`ArenaError`].
+    pub fn make(&mut self) -> Result<Slab, ArenaError> {
+        if self.made >= MAX_SLABS {
+            return Err(ArenaError::Full);
+        }
+        let map = create_slab()?;
+        let slab = Slab(MappedArray::new(&map, SLAB_WORDS as usize)?);
+        // The outer map holds the slab from now on; so does the mapping.
+        self.slabs_map.set(self.made, &map, 0)?;
+        self.made += 1;
+        Ok(slab)
+    }
+}
+
+impl fmt::Debug for SlabMaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SlabMaker")
+            .field("made", &self.made)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Gives out words and takes them back.
 pub struct Arena {
-    slabs_map: ArrayOfMaps<MapData>,
     reuses_map: Array<MapData, u64>,
     slabs: Vec<MappedArray<AtomicU64>>,
     /// Free words: first to count. No two touch.
@@ -60,29 +99,47 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// An arena without a word. It grows as it is used.
+    /// An arena without a word, and what makes it grow.
     #[must_use]
-    pub fn new(slabs_map: ArrayOfMaps<MapData>, reuses_map: Array<MapData, u64>) -> Self {
-        Self {
-            slabs_map,
+    pub fn new(
+        slabs_map: ArrayOfMaps<MapData>,
+        reuses_map: Array<MapData, u64>,
+    ) -> (Self, SlabMaker) {
+        let arena = Self {
             reuses_map,
             slabs: Vec::new(),
             free: BTreeMap::new(),
             resting: Vec::new(),
             reuses: 0,
-        }
+        };
+        (arena, SlabMaker { slabs_map, made: 0 })
     }
 
-    /// Room for `words`, filled with them.
+    /// Room for `words`, filled with them; none before it has grown.
     ///
     /// # Errors
     ///
     /// [`ArenaError`]; nothing is taken then.
-    pub fn store(&mut self, words: &[u64]) -> Result<Words, ArenaError> {
+    pub fn store(&mut self, words: &[u64]) -> Result<Option<Words>, ArenaError> {
         let count = u32::try_from(words.len()).map_err(|_| ArenaError::Full)?;
         let taken = self.take(count)?;
-        self.fill(taken.first, words);
+        if let Some(taken) = taken {
+            self.fill(taken.first, words);
+        }
         Ok(taken)
+    }
+
+    /// Whether `count` words could be stored as it is.
+    pub fn has_room(&mut self, count: u32) -> bool {
+        let has_room = |arena: &Self| arena.free.values().any(|&free| free >= count);
+        has_room(self) || (self.wake().is_ok() && has_room(self))
+    }
+
+    /// Takes a slab, the next that was made.
+    pub fn add(&mut self, slab: Slab) {
+        let first = self.slabs.len() as u32 * SLAB_WORDS;
+        self.slabs.push(slab.0);
+        self.add_free(first, SLAB_WORDS);
     }
 
     /// Gives words back. Nothing that BPF is told of may lead to them any more.
@@ -98,20 +155,15 @@ impl Arena {
         self.slabs.len() as u64 * u64::from(SLAB_WORDS) * 8
     }
 
-    fn take(&mut self, count: u32) -> Result<Words, ArenaError> {
+    fn take(&mut self, count: u32) -> Result<Option<Words>, ArenaError> {
         if count == 0 {
-            return Ok(Words { first: 0, count });
+            return Ok(Some(Words { first: 0, count }));
         }
         if let Some(words) = self.take_free(count) {
-            return Ok(words);
+            return Ok(Some(words));
         }
         self.wake()?;
-        loop {
-            if let Some(words) = self.take_free(count) {
-                return Ok(words);
-            }
-            self.grow()?;
-        }
+        Ok(self.take_free(count))
     }
 
     /// The first free words that are enough.
@@ -155,20 +207,6 @@ impl Arena {
             count += behind;
         }
         self.free.insert(first, count);
-    }
-
-    fn grow(&mut self) -> Result<(), ArenaError> {
-        let index = u32::try_from(self.slabs.len()).map_err(|_| ArenaError::Full)?;
-        if index >= MAX_SLABS {
-            return Err(ArenaError::Full);
-        }
-        let map = create_slab()?;
-        let slab = MappedArray::new(&map, SLAB_WORDS as usize)?;
-        // The outer map holds the slab from now on; so does the mapping.
-        self.slabs_map.set(index, &map, 0)?;
-        self.slabs.push(slab);
-        self.add_free(index * SLAB_WORDS, SLAB_WORDS);
-        Ok(())
     }
 
     fn fill(&self, first: u32, words: &[u64]) {

@@ -21,7 +21,7 @@ use std::os::fd::AsFd as _;
 use thiserror::Error;
 
 use super::{
-    arena::{self, Arena},
+    arena::{self, Arena, SlabMaker},
     attach::Prober,
     live_map::LiveMap,
     mode::{ModeChoice, Unsupported},
@@ -112,7 +112,7 @@ pub struct Maps {
     /// Stacks by name.
     pub stacks: HashMap<MapData, StackKey, StackRecord>,
     /// Unwind tables.
-    pub arena: Arena,
+    pub arena: (Arena, SlabMaker),
     /// What walks saw, if that is wanted.
     pub stack_copies: Option<RingBuf<MapData>>,
 }

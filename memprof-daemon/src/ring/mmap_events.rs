@@ -13,13 +13,16 @@ use std::{
     ffi::OsString,
     fs, io, mem,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::ffi::OsStringExt,
     },
     path::PathBuf,
     ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering},
 };
+
+use rustix::event::epoll;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::address::{AbsAddr, FileOffset};
 
@@ -151,10 +154,42 @@ impl MmapEvents {
         self.malformed
     }
 
-    /// What to wait on: a descriptor becomes readable when its buffer is a
-    /// quarter full, so that it is drained also when no samples come.
-    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.buffers.iter().map(|buffer| buffer.fd.as_fd())
+    /// What to wait on: wakes when something was recorded.
+    ///
+    /// # Errors
+    ///
+    /// If the runtime it is called in cannot watch it, or there are no descriptors left.
+    pub fn alarm(&self) -> io::Result<MmapAlarm> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for buffer in &self.buffers {
+            epoll::add(
+                &epoll,
+                &buffer.fd,
+                epoll::EventData::new_u64(0),
+                epoll::EventFlags::IN,
+            )?;
+        }
+        // SAFETY: an `OwnedFd` keeps its descriptor open for its lifetime and always returns
+        // the same one.
+        let alarm = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) }?;
+        Ok(MmapAlarm(alarm))
+    }
+}
+
+/// Tells that [`MmapEvents`] have something to hand over.
+#[derive(Debug)]
+pub struct MmapAlarm(AsyncFd<OwnedFd>);
+
+impl MmapAlarm {
+    /// Waits for a record that was written since the last time.
+    ///
+    /// # Errors
+    ///
+    /// If waiting fails.
+    pub async fn recorded(&self) -> io::Result<()> {
+        // Cleared before the records are read: what is recorded meanwhile wakes again.
+        self.0.readable().await?.clear_ready();
+        Ok(())
     }
 }
 
@@ -217,7 +252,8 @@ fn open_event(cpu: u32) -> io::Result<OwnedFd> {
         config: PERF_COUNT_SW_DUMMY,
         sample_type: PERF_SAMPLE_TIME,
         flags: FLAG_MMAP | FLAG_WATERMARK | FLAG_SAMPLE_ID_ALL | FLAG_MMAP2 | FLAG_USE_CLOCKID,
-        wakeup_watermark: (BUFFER_BYTES / 4) as u32,
+        // A record is longer: each wakes who waits.
+        wakeup_watermark: 1,
         clockid: libc::CLOCK_MONOTONIC,
         ..Attributes::default()
     };

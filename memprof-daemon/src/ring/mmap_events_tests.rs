@@ -210,3 +210,37 @@ fn cpu_lists() {
     assert!(list("").is_empty());
     assert!(list("x-y").is_empty());
 }
+
+/// Check that each new mapping wakes who waits, that none is missed which is made while the
+/// records are read, and that nothing wakes without one.
+#[tokio::test]
+async fn alarm_at_each_mapping() {
+    let map = || {
+        // SAFETY: a new mapping, unmapped again.
+        unsafe {
+            let start = libc::mmap(
+                std::ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_EXEC,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            assert_ne!(start, libc::MAP_FAILED);
+            libc::munmap(start, 4096);
+        }
+    };
+    let mut events = MmapEvents::open().unwrap();
+    let alarm = events.alarm().unwrap();
+    let limit = std::time::Duration::from_secs(5);
+    for _ in 0..100 {
+        map();
+        tokio::time::timeout(limit, alarm.recorded())
+            .await
+            .expect("an alarm")
+            .unwrap();
+        // Between the alarm and the reading.
+        map();
+        events.drain(|_| {});
+    }
+}

@@ -66,8 +66,12 @@ impl Tracer {
         let Some(file) = file else {
             return;
         };
+        let id = (file.device, file.inode);
+        if !target.tables.contains_key(&id) {
+            target.mapped_ns.entry(id).or_insert(event.timestamp_ns);
+        }
         // Mapped before, or being looked at: a file has several mappings.
-        if !target.seen_files.insert((file.device, file.inode)) {
+        if !target.seen_files.insert(id) {
             return;
         }
         target.jobs += 1;

@@ -1,6 +1,10 @@
 //! What BPF is told of a process's code, to walk its stacks.
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use memprof_common::unwind::table::{MAX_MAPPINGS, MappingEntry, MappingKind, MappingList};
 use tracing::warn;
@@ -18,10 +22,15 @@ use crate::{
 /// Above are the kernel's addresses, with paging of four levels or of five.
 const USER_SPACE_END: u64 = 1 << 56;
 
+/// How long a table that is ready waits for those of other files of its process.
+const PUBLISH_EVERY: Duration = Duration::from_millis(5);
+
 impl Tracer {
     /// Tells BPF which code the present program of a process is made of. To be called
     /// whenever its mappings or their tables have changed.
     pub(super) fn publish_mappings(&mut self, pid: u32) {
+        let begun = Instant::now();
+        self.unpublished.remove(&pid);
         let vdso = self.tables.vdso();
         let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) else {
             return;
@@ -57,6 +66,10 @@ impl Tracer {
                 return;
             }
         };
+        if self.tables.is_low() {
+            let tables = Arc::clone(&self.tables);
+            tokio::task::spawn_blocking(move || tables.make_room());
+        }
         let told = MappingList::new(list.first(), entries.len() as u32);
         // The old list goes after BPF knows the new one.
         let old = target.list.replace((list, told, epoch));
@@ -82,7 +95,18 @@ impl Tracer {
                 .map(|file| (file.device, file.inode))
                 .collect();
             target.tables.retain(|file, _| used.contains(file));
+            let now_ns = monotonic_ns();
+            for (_, since_ns) in target
+                .mapped_ns
+                .extract_if(|file, _| target.tables.contains_key(file))
+            {
+                let delay = Duration::from_nanos(now_ns.saturating_sub(since_ns));
+                let longest = &mut self.work.longest_table_delay;
+                *longest = delay.max(*longest);
+            }
         }
+        self.work.lists += 1;
+        self.work.list_time += begun.elapsed();
     }
 
     /// Compiles the tables of the files of a process that have none, elsewhere.
@@ -118,6 +142,20 @@ impl Tracer {
         if let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) {
             target.compiling.remove(&file);
             target.tables.insert(file, table);
+            if target.compiling.is_empty() {
+                self.publish_mappings(pid);
+            } else {
+                self.unpublished.insert(pid);
+                self.publish_at
+                    .get_or_insert(Instant::now() + PUBLISH_EVERY);
+            }
+        }
+    }
+
+    /// Tells BPF of tables that were ready some time ago.
+    pub(super) fn publish_ready(&mut self) {
+        self.publish_at = None;
+        for pid in std::mem::take(&mut self.unpublished) {
             self.publish_mappings(pid);
         }
     }

@@ -16,7 +16,7 @@ mod reporting;
 mod totals;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::Arc,
@@ -55,7 +55,7 @@ use crate::{
     ring::{
         events::EventRing,
         log::LogReader,
-        mmap_events::{MmapEvents, MmapEventsError},
+        mmap_events::{MmapAlarm, MmapEvents, MmapEventsError},
     },
     sample::{ImageId, Sample},
 };
@@ -101,6 +101,10 @@ const QUEUE: usize = 256;
 /// Records of the ring that are taken before other work gets its turn.
 const DRAIN_LIMIT: usize = 4096;
 
+/// After new mappings were looked at, others wait so long: programs that start one after the
+/// other keep nobody busy.
+const MMAP_REST: Duration = Duration::from_millis(5);
+
 /// How often what nobody announces is looked after: new mappings, lost events.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -124,6 +128,9 @@ pub struct Tracer {
     learnt: Vec<StackKey>,
     stack_seed: u64,
     mmap_events: MmapEvents,
+    mmap_alarm: Option<MmapAlarm>,
+    /// Records are left alone until then.
+    mmap_rest: Option<Instant>,
     mmap_lost_seen: u64,
     ledger: Ledger,
     targets: BTreeMap<u32, Target>,
@@ -136,6 +143,9 @@ pub struct Tracer {
     prober: ProberHandle,
     scanner: Arc<Scanner>,
     tables: Arc<TableStore>,
+    /// Processes with tables that BPF was not told of, and until when it has to be.
+    unpublished: BTreeSet<u32>,
+    publish_at: Option<Instant>,
     stack_copies: Option<StackCopies>,
     log: Option<LogReader>,
     /// For jobs to answer to.
@@ -149,6 +159,19 @@ pub struct Tracer {
     failed_sweeps: u64,
     undecodable_events: u64,
     missing_stacks: u64,
+    work: Work,
+}
+
+/// How long the tracer's work takes.
+#[derive(Debug, Default)]
+struct Work {
+    /// Lists of mappings that BPF was told, and how long that took.
+    lists: u64,
+    list_time: Duration,
+    /// From a mapping to its table.
+    longest_table_delay: Duration,
+    /// One turn of the loop.
+    longest_round: Duration,
 }
 
 impl Tracer {
@@ -187,6 +210,8 @@ impl Tracer {
             stack_map: loaded.maps.stacks,
             learnt: Vec::new(),
             stack_seed: random_seed(),
+            mmap_alarm: Some(mmap_events.alarm()?),
+            mmap_rest: None,
             mmap_events,
             mmap_lost_seen: 0,
             ledger: Ledger::new(),
@@ -198,6 +223,8 @@ impl Tracer {
             prober: ProberHandle::spawn(loaded.prober)?,
             scanner: Arc::new(Scanner::new(Arc::clone(&tables))),
             tables,
+            unpublished: BTreeSet::new(),
+            publish_at: None,
             stack_copies,
             log,
             myself: sender.downgrade(),
@@ -209,6 +236,7 @@ impl Tracer {
             failed_sweeps: 0,
             undecodable_events: 0,
             missing_stacks: 0,
+            work: Work::default(),
         };
         tokio::spawn(tracer.run());
         Ok(TracerHandle::new(sender, live_receiver))
@@ -221,11 +249,14 @@ impl Tracer {
         let mut batch: Vec<Sample> = Vec::with_capacity(DRAIN_LIMIT);
         loop {
             let mut undecodable = 0;
+            // Where waiting ends and work begins.
+            let begun;
             tokio::select! {
                 drained = self.ring.drain(DRAIN_LIMIT, |record| match decode(record) {
                     Ok(sample) => batch.push(sample),
                     Err(_) => undecodable += 1,
                 }) => {
+                    begun = Instant::now();
                     if let Err(error) = drained {
                         // Without its ring the tracer is blind; a sweep at each
                         // tick would still keep in-use right, but say so.
@@ -239,15 +270,32 @@ impl Tracer {
                         let _ = reply.send(time);
                         return;
                     }
-                    Some(command) => self.serve(command),
+                    Some(command) => {
+                        begun = Instant::now();
+                        self.serve(command);
+                    }
                     None => {
                         self.prober.detach_all().await;
                         return;
                     }
                 },
-                () = flush_log(&mut self.log) => {}
+                result = mapped(self.mmap_alarm.as_ref(), self.mmap_rest) => {
+                    begun = Instant::now();
+                    if let Err(error) = result {
+                        warn!(%error, "new mappings are looked after ten times a second only");
+                        self.mmap_alarm = None;
+                    }
+                    self.drain_mmap_events();
+                    self.mmap_rest = Some(Instant::now() + MMAP_REST);
+                }
+                () = reached(self.publish_at) => {
+                    begun = Instant::now();
+                    self.publish_ready();
+                }
+                () = flush_log(&mut self.log) => begun = Instant::now(),
                 _ = tick.tick() => {
                     ticks = ticks.wrapping_add(1);
+                    begun = Instant::now();
                     self.look_after(ticks.is_multiple_of(SLOW_TICKS));
                 }
             }
@@ -256,6 +304,7 @@ impl Tracer {
             batch.clear();
             self.close_replaced();
             self.write_stack_copies();
+            self.work.longest_round = self.work.longest_round.max(begun.elapsed());
         }
     }
 
@@ -344,6 +393,25 @@ impl Tracer {
             Err(error) => warn!(%error, "cannot read the counters of losses"),
         }
         sum
+    }
+}
+
+/// Waits for a new mapping, of any process, after a moment's rest; for ever without an alarm.
+async fn mapped(alarm: Option<&MmapAlarm>, rest: Option<Instant>) -> io::Result<()> {
+    if let Some(rest) = rest.filter(|rest| *rest > Instant::now()) {
+        tokio::time::sleep_until(rest.into()).await;
+    }
+    match alarm {
+        Some(alarm) => alarm.recorded().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for a moment; for ever without one.
+async fn reached(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -104,6 +104,10 @@ impl Tracer {
             missing_stacks: self.missing_stacks,
             unwind: self.options.unwind.name(),
             unwind_table_bytes: self.tables.bytes(),
+            mapping_lists: self.work.lists,
+            mapping_lists_ms: milliseconds(self.work.list_time),
+            longest_table_delay_ms: milliseconds(self.work.longest_table_delay),
+            longest_round_ms: milliseconds(self.work.longest_round),
             processes: self
                 .targets
                 .iter()
