@@ -107,10 +107,9 @@ fn node_in_a_namespace() {
     expect_node(&["unshare", "--mount", "sh", "-c", own_tmp, "sh"]);
 }
 
-/// Check Java: methods that are compiled, by name, down to the C function that allocates
-/// and up to the one that started the thread.
-#[test]
-fn java() {
+/// Runs Java with `flags`, and expects every stack to go through all of `methods`, down to
+/// the C function that allocates and up to the one that started the thread.
+fn expect_java(flags: &[&str], methods: &[&str]) {
     assert!(Path::new("/usr/bin/java").exists(), "the tests need java");
     let dir = TempDir::new("generated");
     let compiled = Command::new("javac")
@@ -120,12 +119,7 @@ fn java() {
     assert!(compiled.status.success(), "{compiled:?}");
     let mut target = Command::new("java");
     target.args(["-Xmx64m", "-XX:+UseSerialGC", "-XX:+PreserveFramePointer"]);
-    // Whatever these do is compiled before it runs: memprof cannot leave Java's interpreter.
-    target.args(["-Xcomp", "-XX:CompileCommand=quiet"]);
-    for class in ["Generated", "jdk.internal.misc.Unsafe", "sun.misc.Unsafe"] {
-        target.arg(format!("-XX:CompileCommand=compileonly,{class}::*"));
-    }
-    target.args(["-cp", &dir.file(""), "Generated"]);
+    target.args(flags).args(["-cp", &dir.file(""), "Generated"]);
     let stacks = record(&dir, &mut target, |pid| {
         let wrote = Command::new("jcmd")
             .args([&pid.to_string(), "Compiler.perfmap"])
@@ -133,16 +127,32 @@ fn java() {
             .expect("the tests need jcmd");
         assert!(wrote.status.success(), "{wrote:?}");
     });
-    let wanted = [
-        "os::malloc",
-        "Unsafe_AllocateMemory0",
-        "allocateMemory0",
-        "Generated.main",
-        "JavaCalls::call_helper",
-        "JavaMain",
-    ];
+    let native = ["os::malloc", "Unsafe_AllocateMemory0"];
+    let wanted = [&native, methods, &["JavaCalls::call_helper", "JavaMain"]].concat();
     let (whole, all) = through(&stacks, &wanted, "clone3");
-    println!("java: {whole} of {all} stacks are whole");
+    println!("java {flags:?}: {whole} of {all} stacks are whole");
     assert_eq!(all, 500);
     assert_eq!(whole, all, "{:#?}", paths(&stacks));
+}
+
+/// Check methods that are compiled before they run, by name.
+#[test]
+fn java_compiled() {
+    let mut flags = vec!["-Xcomp", "-XX:CompileCommand=quiet"];
+    let only = ["Generated", "jdk.internal.misc.Unsafe", "sun.misc.Unsafe"]
+        .map(|class| format!("-XX:CompileCommand=compileonly,{class}::*"));
+    flags.extend(only.iter().map(String::as_str));
+    expect_java(&flags, &["allocateMemory0", "Generated.main"]);
+}
+
+/// Check methods that are interpreted: the interpreter returns to places behind no call.
+#[test]
+fn java_interpreted() {
+    expect_java(&["-Xint"], &["Interpreter"]);
+}
+
+/// Check Java as anybody runs it: what is compiled, and when, is up to it.
+#[test]
+fn java_mixed() {
+    expect_java(&[], &[]);
 }

@@ -1,6 +1,17 @@
 //! Steps that no table describes: by frame pointers, and out of signal handlers.
 
-use super::walk::{END_BY_FRAME_POINTER, Memory, StackEnd, Walk};
+use super::{
+    table::MappingKind,
+    walk::{END_BY_FRAME_POINTER, Memory, StackEnd, Walk},
+};
+
+/// How a frame was found by a frame pointer: its return address is behind what can be a
+/// call ...
+pub(super) const BEHIND_CALL: u32 = 1;
+/// ... or it is not, after another that was found so, or after none. Interpreters that are
+/// made at run time, Java's among them, return to places that no call leads to.
+pub(super) const NOT_BEHIND_CALL: u32 = 2;
+pub(super) const FIRST_NOT_BEHIND_CALL: u32 = 3;
 
 impl Walk {
     /// The kernel has put the registers of what it interrupted on the stack:
@@ -42,14 +53,36 @@ impl Walk {
         if ip == 0 {
             return Err(StackEnd::Complete);
         }
-        if !follows_call(memory, ip) {
-            return Err(broken);
-        }
-        self.flags |= END_BY_FRAME_POINTER;
-        self.by_frame_pointer = 1;
+        self.by_frame_pointer = if follows_call(memory, ip) {
+            BEHIND_CALL
+        } else if self.by_frame_pointer != 0 {
+            NOT_BEHIND_CALL
+        } else {
+            FIRST_NOT_BEHIND_CALL
+        };
         self.sp = bp.wrapping_add(16);
         self.bp = saved;
         self.ip = ip;
+        Ok(())
+    }
+}
+
+impl Walk {
+    /// Whether this frame, of which it is known by now which code it is in, can be one.
+    #[inline(always)]
+    pub(super) fn accept(&mut self) -> Result<(), StackEnd> {
+        if self.by_frame_pointer == 0 {
+            return Ok(());
+        }
+        // Code made at run time may return anywhere within.
+        if self.by_frame_pointer != BEHIND_CALL && self.kind != MappingKind::FramePointers as u32 {
+            return Err(if self.by_frame_pointer == NOT_BEHIND_CALL {
+                StackEnd::BrokenChain
+            } else {
+                StackEnd::NoUnwindInfo
+            });
+        }
+        self.flags |= END_BY_FRAME_POINTER;
         Ok(())
     }
 }

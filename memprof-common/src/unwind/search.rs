@@ -9,7 +9,8 @@ use super::walk::Memory;
 /// nor the key has the highest bit set. None if a word is not there.
 ///
 /// Without a branch that depends on what is found: the verifier would follow both of
-/// each, and of each of the next.
+/// each, and of each of the next. That it may be over early is one such branch, but of what
+/// follows it the verifier has seen all by then.
 #[inline(always)]
 pub(super) fn search(
     memory: &impl Memory,
@@ -24,6 +25,10 @@ pub(super) fn search(
     let mut length = count;
     let mut step = 0;
     while step < steps {
+        // Most pages have far fewer rows than they may have.
+        if black_box(length) <= 1 {
+            break;
+        }
         let half = length >> 1;
         let middle = found.wrapping_add(half);
         let value = memory.word(first.wrapping_add(middle.wrapping_mul(stride)))? & mask;

@@ -5,7 +5,7 @@ use core::hint::black_box;
 use crate::limits::MAX_STACK_DEPTH;
 
 use super::{
-    frame_pointer::is_sigreturn,
+    frame_pointer::{BEHIND_CALL, is_sigreturn},
     rule::{BpRule, Rule, RuleKind, WideRule},
     search::search,
     table::{MappingEntry, MappingKind, MappingList, PAGE_SHIFT, page_rows, row_address, row_rule},
@@ -110,7 +110,7 @@ pub struct Walk {
     /// This frame was found by a frame pointer.
     pub(super) by_frame_pointer: u32,
     /// The mapping that `ip - 1` is in.
-    kind: u32,
+    pub(super) kind: u32,
     start: u64,
     end: u64,
     bias: u64,
@@ -158,7 +158,7 @@ impl Walk {
     fn locate(&mut self, memory: &impl Memory, mappings: MappingList) -> Result<(), StackEnd> {
         let pc = self.ip.wrapping_sub(1);
         if pc >= self.start && pc < self.end {
-            return Ok(());
+            return self.accept();
         }
         self.kind = KIND_UNKNOWN;
         self.start = 1;
@@ -195,15 +195,15 @@ impl Walk {
                 self.bias = bias;
                 self.rows_and_wide = rows_and_wide;
                 self.pages = pages;
-                return Ok(());
+                return self.accept();
             }
         }
-        // A frame pointer can lead anywhere. Where nothing is known, what looks like
-        // a frame must do.
-        if self.by_frame_pointer != 0 && count != 0 {
-            return Err(StackEnd::BrokenChain);
+        // A frame pointer can lead anywhere, also to code that was made a moment ago. Where
+        // nothing is known, what looks like a frame must do.
+        if self.by_frame_pointer == BEHIND_CALL && count != 0 {
+            return Err(StackEnd::UnknownMapping);
         }
-        Ok(())
+        self.accept()
     }
 
     /// Whether there is a frame and it is wanted: then it is `ip`, and

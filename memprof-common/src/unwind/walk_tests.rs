@@ -275,12 +275,36 @@ fn frame_pointers_are_checked() {
         assert_eq!(frames, [OTHER + 0x10, CODE + 0x110], "{call:#x}");
         assert_eq!(end, COMPLETE | END_BY_FRAME_POINTER, "{call:#x}");
     }
-    // To no code at all.
+    // To no code that is known; what is there may have been made a moment ago.
     fake.memory.insert(bp + 8, 0x1_0000);
     fake.memory.insert(0xfff8, 0x0000_0000_e890_9090);
     let (frames, end) = walk(&fake, list, OTHER + 0x10, bp);
     assert_eq!(frames.len(), 1);
-    assert_eq!(end & END_MASK, StackEnd::BrokenChain as u32);
+    assert_eq!(end & END_MASK, StackEnd::UnknownMapping as u32);
+    fake.memory.insert(0xfff8, 0);
+    let (frames, end) = walk(&fake, list, OTHER + 0x10, bp);
+    assert_eq!((frames.len(), end), (1, StackEnd::NoUnwindInfo as u32));
+}
+
+/// Check that code without a table may return to any place in such code, as interpreters
+/// do that are made at run time, and that the chain breaks where it leads elsewhere.
+#[test]
+fn generated_code_returns_anywhere() {
+    let (mut fake, list) = fake(&[(0, Rule::NONE), (0x100, Rule::END)], &[]);
+    let (bp, next) = (STACK + 64, STACK + 128);
+    fake.memory.insert(bp, next);
+    fake.memory.insert(bp + 8, OTHER + 0x40);
+    fake.memory.insert(OTHER + 0x38, 0);
+    fake.memory.insert(next, 0);
+    fake.memory.insert(next + 8, CODE + 0x110);
+    fake.memory.insert(CODE + 0x108, 0x9090_9090_9090_9090);
+    let (frames, end) = walk(&fake, list, OTHER + 0x10, bp);
+    assert_eq!(frames, [OTHER + 0x10, OTHER + 0x40]);
+    assert_eq!(end, StackEnd::BrokenChain as u32 | END_BY_FRAME_POINTER);
+    fake.memory.insert(CODE + 0x108, 0xd0ff_9090_9090_9090);
+    let (frames, end) = walk(&fake, list, OTHER + 0x10, bp);
+    assert_eq!(frames, [OTHER + 0x10, OTHER + 0x40, CODE + 0x110]);
+    assert_eq!(end, COMPLETE | END_BY_FRAME_POINTER);
 }
 
 /// Check that the walk leaves a signal handler to the very instruction that was
