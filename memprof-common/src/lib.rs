@@ -17,6 +17,7 @@ pub mod function;
 pub mod limits;
 pub mod live;
 pub mod occupancy;
+pub mod prefilter;
 pub mod random;
 pub mod sampler;
 pub mod stack;
