@@ -70,6 +70,13 @@ impl AttachCookie {
         Self(slot as u64 | (site as u64) << 16 | (function as u64) << 32)
     }
 
+    /// The cookie of a site of the image that a prefilter has put into the target in
+    /// `slot`. Its kind stands where a function's code does, and is none.
+    #[must_use]
+    pub const fn of_site(slot: u16, kind: crate::prefilter::SiteKind) -> Self {
+        Self(slot as u64 | (kind as u64) << 32)
+    }
+
     /// The target's slot in the map of targets.
     #[must_use]
     pub const fn slot(self) -> u32 {
@@ -92,7 +99,7 @@ impl AttachCookie {
 #[cfg(test)]
 mod tests {
     use super::AttachCookie;
-    use crate::function::Function;
+    use crate::{function::Function, prefilter::SiteKind};
 
     /// Check that a cookie gives back what went into it, at the limits too.
     #[test]
@@ -102,6 +109,23 @@ mod tests {
             assert_eq!(cookie.slot(), u32::from(slot));
             assert_eq!(cookie.site(), site);
             assert_eq!(cookie.function_code(), Function::Pvalloc as u8);
+        }
+    }
+
+    /// Check that the cookie of a prefilter's site gives back its slot and its kind, which
+    /// is no function's code.
+    #[test]
+    fn site_cookie_round_trips() {
+        for kind in [
+            SiteKind::Alloc,
+            SiteKind::Free,
+            SiteKind::Take,
+            SiteKind::Restore,
+        ] {
+            let cookie = AttachCookie::of_site(1023, kind);
+            assert_eq!(cookie.slot(), 1023);
+            assert_eq!(cookie.function_code(), kind as u8);
+            assert_eq!(Function::from_code(cookie.function_code()), None);
         }
     }
 }

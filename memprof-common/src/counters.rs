@@ -52,8 +52,8 @@ counters! {
     ExecRingFull = 8, "exec_ring_full";
     /// A stack was longer than `--stack-depth` and is cut.
     StackTruncated = 9, "truncated_stacks";
-    /// The address that `posix_memalign` had stored could not be read: the
-    /// allocation is not in the profile.
+    /// The address that `posix_memalign` had stored could not be read, or a stub of the
+    /// prefilter showed a call that can be none: the allocation is not in the profile.
     ResultUnreadable = 10, "result_unreadable";
     /// A stack is cut at code without unwind information.
     CutNoUnwindInfo = 11, "cut_no_unwind_info";

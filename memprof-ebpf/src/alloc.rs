@@ -3,6 +3,7 @@
 use core::hint::black_box;
 
 use aya_ebpf::{
+    EbpfContext as _,
     helpers::{bpf_probe_read_user, generated::bpf_ktime_get_ns},
     programs::{ProbeContext, RetProbeContext},
 };
@@ -15,7 +16,9 @@ use crate::{
     counters::count,
     hit::Hit,
     in_flight::{self, CALL_FREES, CALL_NESTS, InFlightCall, TakenBlock},
-    live, stack, tail_calls, totals,
+    live,
+    stack::{self, Start},
+    tail_calls, totals,
 };
 
 const MALLOC: u8 = Function::Malloc as u8;
@@ -135,16 +138,20 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct SampledBlock {
-    address: u64,
-    size_bytes: u64,
-    sample_interval_bytes: u64,
+    pub(crate) address: u64,
+    pub(crate) size_bytes: u64,
+    pub(crate) sample_interval_bytes: u64,
+    /// Code of the [`Function`] that was called.
+    pub(crate) function: u32,
+    /// 0.
+    pub(crate) reserved: u32,
 }
 
 /// At return: the block's address is known, and the stack is the caller's.
 #[inline(always)]
 pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
     if let Some(block) = settle(ctx, hit) {
-        let stack = stack::capture(ctx, hit);
+        let stack = stack::capture(ctx.as_ptr(), &Start::at_return(ctx), hit);
         keep(hit, &block, stack);
     }
 }
@@ -153,7 +160,7 @@ pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
 #[inline(always)]
 pub(crate) fn on_return_by_tail_calls(ctx: &RetProbeContext, hit: &Hit) {
     if let Some(block) = settle(ctx, hit) {
-        tail_calls::begin(ctx, hit, &block);
+        tail_calls::begin(ctx.as_ptr(), &Start::at_return(ctx), hit, &block);
     }
 }
 
@@ -213,6 +220,8 @@ fn settle(ctx: &RetProbeContext, hit: &Hit) -> Option<SampledBlock> {
         address: addr,
         size_bytes: call.size_bytes,
         sample_interval_bytes: call.sample_interval_bytes,
+        function: u32::from(function),
+        reserved: 0,
     })
 }
 
@@ -226,7 +235,7 @@ pub(crate) fn keep(hit: &Hit, block: &SampledBlock, stack: StackKey) {
         sample_interval_bytes: block.sample_interval_bytes,
         stack,
         flags: 0,
-        function: u32::from(hit.cookie.function_code()),
+        function: block.function,
     };
     live::insert(hit.slot, &hit.live_key(block.address), &mut value);
 }

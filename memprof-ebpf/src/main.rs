@@ -2,7 +2,8 @@
 //! allocator, and two tracepoints on its life.
 //!
 //! Read it in the order of the data path: this file's entry points, then
-//! `alloc` (an allocating call from entry to return), `free`, and what they use:
+//! `alloc` (an allocating call from entry to return), `free`, `site` (what the prefilter
+//! passes on of both), and what they use:
 //! `hit` (whose call it is), `totals` (what every call adds to), `in_flight`
 //! (calls between entry and return), `stack` and `unwind`, `tail_calls` (the same for old
 //! kernels), `live` (sampled blocks not yet freed) and `emit` (the ring).
@@ -30,6 +31,7 @@ mod life;
 mod live;
 mod maps;
 mod occupancy;
+mod site;
 mod stack;
 mod stack_copy;
 mod tail_calls;
@@ -110,6 +112,22 @@ pub extern "C" fn alloc_session(ctx: *mut c_void) -> u32 {
 #[unsafe(link_section = "uprobe")]
 pub extern "C" fn free_entry(ctx: *mut c_void) -> u32 {
     free::entry(&ProbeContext::new(ctx));
+    0
+}
+
+/// A site of the prefilter's image, in each way of attaching: which one, the cookie says.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn prefilter_site(ctx: *mut c_void) -> u32 {
+    site::pass::<false>(ctx);
+    0
+}
+
+/// As [`prefilter_site`], for kernels without `bpf_loop`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn prefilter_site_tail(ctx: *mut c_void) -> u32 {
+    site::pass::<true>(ctx);
     0
 }
 

@@ -1,8 +1,10 @@
 //! The stack of the current call, and its name.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
-    EbpfContext as _, bindings::BPF_F_USER_STACK, bindings::BPF_NOEXIST,
-    helpers::generated::bpf_get_stack, programs::RetProbeContext,
+    bindings::BPF_F_USER_STACK, bindings::BPF_NOEXIST, helpers::generated::bpf_get_stack,
+    programs::RetProbeContext,
 };
 use memprof_common::{
     config::{TargetConfig, Unwind},
@@ -21,6 +23,32 @@ use crate::{
     tail_calls::Turn,
     unwind::{self, Walking},
 };
+
+/// Registers of the frame that a stack begins with: the allocator's caller, as they are
+/// when the call has returned to it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Start {
+    pub(crate) ip: u64,
+    pub(crate) sp: u64,
+    pub(crate) bp: u64,
+}
+
+impl Start {
+    /// Where a return probe has hit: then the instruction pointer is the caller's, and
+    /// the callee-saved registers, the frame pointer among them, are the caller's again.
+    #[inline(always)]
+    pub(crate) fn at_return(ctx: &RetProbeContext) -> Self {
+        // SAFETY: the context is valid for this program's run.
+        unsafe {
+            Self {
+                ip: (*ctx.regs).rip,
+                sp: (*ctx.regs).rsp,
+                bp: (*ctx.regs).rbp,
+            }
+        }
+    }
+}
 
 /// How many tasks can capture a stack on one CPU at the same time, each but the
 /// last preempted in the middle.
@@ -125,23 +153,19 @@ impl Buffer {
 
 /// Captures the stack and returns its name, [`StackKey::UNKNOWN`] if that
 /// failed; the cause is counted.
-///
-/// To be called at return: then the instruction pointer is the caller's, and the
-/// callee-saved registers, the frame pointer among them, are the caller's again.
-/// At entry a frame-pointer walk skips the caller.
 #[inline(always)]
-pub(crate) fn capture(ctx: &RetProbeContext, hit: &Hit) -> StackKey {
+pub(crate) fn capture(ctx: *mut c_void, start: &Start, hit: &Hit) -> StackKey {
     let Some(mut buffer) = Buffer::claim() else {
         count(hit.slot, DropReason::ScratchBusy);
         return StackKey::UNKNOWN;
     };
     let (walking, record) = buffer.walk();
     let key = if !unwind::is_possible() || is_kernels(hit) {
-        ask_kernel(ctx, hit.target, record)
+        ask_kernel(ctx, start, hit.target, record)
     } else {
-        Some(unwind::walk(ctx, hit, walking, record))
+        Some(unwind::walk(start, hit, walking, record))
     };
-    let key = remember(ctx, hit, record, key);
+    let key = remember(start, hit, record, key);
     buffer.release();
     key
 }
@@ -156,7 +180,7 @@ pub(crate) fn is_kernels(hit: &Hit) -> bool {
 /// none has a name if it could not be captured.
 #[inline(always)]
 pub(crate) fn remember(
-    ctx: &RetProbeContext,
+    start: &Start,
     hit: &Hit,
     record: &StackRecord,
     key: Option<StackKey>,
@@ -169,7 +193,7 @@ pub(crate) fn remember(
     if let Some(reason) = loss(record.end) {
         count(slot, reason);
     }
-    stack_copy::send(ctx, hit, record);
+    stack_copy::send(start, hit, record);
 
     // A known stack is the common case.
     if STACKS.get_ptr(key).is_some() {
@@ -211,9 +235,14 @@ fn loss(end: u32) -> Option<DropReason> {
 }
 
 /// Has the kernel follow frame pointers. None if it could not.
+///
+/// The kernel begins with the instruction pointer and goes on with what the frame pointer
+/// leads to. So the first frame alone may be another than the one to begin with, which
+/// has the same frame pointer.
 #[inline(always)]
 pub(crate) fn ask_kernel(
-    ctx: &RetProbeContext,
+    ctx: *mut c_void,
+    start: &Start,
     target: &TargetConfig,
     record: &mut StackRecord,
 ) -> Option<StackKey> {
@@ -226,7 +255,7 @@ pub(crate) fn ask_kernel(
     // SAFETY: `bytes` is at most the size of `frames`.
     let got = unsafe {
         bpf_get_stack(
-            ctx.as_ptr(),
+            ctx,
             record.frames.as_mut_ptr().cast(),
             bytes as u32,
             u64::from(BPF_F_USER_STACK),
@@ -235,6 +264,7 @@ pub(crate) fn ask_kernel(
     if got < 8 {
         return None;
     }
+    record.frames[0] = start.ip;
     let mut depth = (got as u64) / 8;
     let mut end = StackEnd::Unverified;
     if depth > wanted || depth >= MAX_STACK_DEPTH as u64 {

@@ -1,13 +1,13 @@
 //! For tests of the unwinder: sends what a walk saw.
 
-use aya_ebpf::{helpers::generated::bpf_probe_read_user, programs::RetProbeContext};
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use memprof_common::{
     limits::MAX_STACK_DEPTH,
     stack::StackRecord,
     stack_copy::{COPY_BYTES, COPY_STEP_BYTES, StackCopy},
 };
 
-use crate::{hit::Hit, maps::STACK_COPIES};
+use crate::{hit::Hit, maps::STACK_COPIES, stack::Start};
 
 /// Not 0 if copies are wanted. A constant to the verifier, which drops the code behind
 /// it.
@@ -17,7 +17,7 @@ static COPY_STACKS: u8 = 0;
 /// Sends the memory that the walk whose outcome is `record` has begun with. What finds
 /// no room is not sent: there are enough others.
 #[inline(always)]
-pub(crate) fn send(ctx: &RetProbeContext, hit: &Hit, record: &StackRecord) {
+pub(crate) fn send(start: &Start, hit: &Hit, record: &StackRecord) {
     // SAFETY: a valid static; volatile, since the loader changes it.
     if unsafe { (&raw const COPY_STACKS).read_volatile() } == 0 {
         return;
@@ -26,15 +26,14 @@ pub(crate) fn send(ctx: &RetProbeContext, hit: &Hit, record: &StackRecord) {
         return;
     };
     let copy: *mut StackCopy = entry.as_mut_ptr();
-    // SAFETY: the context is valid for this program's run, and `copy` points to room
-    // for the whole record, of which every field up to `copy` is written here.
+    // SAFETY: `copy` points to room for the whole record, of which every field up to
+    // `copy` is written here.
     unsafe {
-        let regs = ctx.regs;
         (*copy).pid = hit.target.pid;
         (*copy).epoch = hit.epoch;
-        (*copy).ip = (*regs).rip;
-        (*copy).sp = (*regs).rsp;
-        (*copy).bp = (*regs).rbp;
+        (*copy).ip = start.ip;
+        (*copy).sp = start.sp;
+        (*copy).bp = start.bp;
         (*copy).end = record.end;
         (*copy).depth = record.depth;
         (*copy).reserved = 0;
@@ -43,7 +42,7 @@ pub(crate) fn send(ctx: &RetProbeContext, hit: &Hit, record: &StackRecord) {
             (&raw mut (*copy).frames[index]).write_volatile(record.frames[index]);
             index += 1;
         }
-        let sp = (*regs).rsp;
+        let sp = start.sp;
         let mut step = 0;
         while step < COPY_BYTES / COPY_STEP_BYTES {
             let done = step * COPY_STEP_BYTES;

@@ -17,7 +17,7 @@ use crate::{
     hit::Hit,
     in_flight::current_thread,
     maps::WALK_ON,
-    stack::{self, Buffer},
+    stack::{self, Buffer, Start},
     unwind::{self, Plan},
 };
 
@@ -39,6 +39,8 @@ pub(crate) struct Turn {
     /// The thread that walks; 0 while none does.
     pub(crate) owner: u64,
     plan: Plan,
+    /// Where it began.
+    start: Start,
     /// What the stack is wanted for.
     block: SampledBlock,
 }
@@ -54,23 +56,24 @@ impl Turn {
 
 /// Begins the walk to the caller of the block's allocator.
 #[inline(always)]
-pub(crate) fn begin(ctx: &RetProbeContext, hit: &Hit, block: &SampledBlock) {
+pub(crate) fn begin(ctx: *mut c_void, start: &Start, hit: &Hit, block: &SampledBlock) {
     let Some(mut buffer) = Buffer::claim() else {
         count(hit.slot, DropReason::ScratchBusy);
         alloc::keep(hit, block, StackKey::UNKNOWN);
         return;
     };
     if stack::is_kernels(hit) {
-        let key = stack::ask_kernel(ctx, hit.target, buffer.walk().1);
-        keep(ctx, hit, buffer, block, key);
+        let key = stack::ask_kernel(ctx, start, hit.target, buffer.walk().1);
+        keep(start, hit, buffer, block, key);
         return;
     }
-    let plan = unwind::begin(ctx, hit, buffer.walk().0);
+    let plan = unwind::begin(start, hit, buffer.walk().0);
     let turn = buffer.turn();
+    turn.start = *start;
     turn.block = *block;
     turn.plan = plan;
     turn.set_owner(current_thread());
-    pass_on(ctx, hit, buffer, &plan, block);
+    pass_on(ctx, start, hit, buffer, &plan, block);
 }
 
 /// Goes on with the walk that the running thread has begun.
@@ -84,55 +87,49 @@ pub(crate) fn go_on(ctx: *mut c_void) {
         (Some(hit), None) => return count(hit.slot, DropReason::ScratchBusy),
         (None, None) => return,
     };
-    let ctx = &RetProbeContext::new(ctx);
     let turn = buffer.turn();
-    let (plan, block) = (turn.plan, turn.block);
+    let (plan, start, block) = (turn.plan, turn.start, turn.block);
     let mut step = 0;
     while step < STEPS {
         let (walking, record) = buffer.walk();
         if !unwind::step(walking, record, &plan) {
-            finish(ctx, &hit, buffer, &plan, &block);
+            finish(&start, &hit, buffer, &plan, &block);
             return;
         }
         step += 1;
     }
-    pass_on(ctx, &hit, buffer, &plan, &block);
+    pass_on(ctx, &start, &hit, buffer, &plan, &block);
 }
 
 /// Has the next program go on; what it needs is in the buffer.
 #[inline(always)]
 fn pass_on(
-    ctx: &RetProbeContext,
+    ctx: *mut c_void,
+    start: &Start,
     hit: &Hit,
     mut buffer: Buffer,
     plan: &Plan,
     block: &SampledBlock,
 ) {
     // SAFETY: nothing here waits to be dropped.
-    unsafe { WALK_ON.tail_call(ctx, 0) };
+    unsafe { WALK_ON.tail_call(&RetProbeContext::new(ctx), 0) };
     // There have been too many, or the daemon is ending and has taken the program away.
     buffer.walk().0.cut();
-    finish(ctx, hit, buffer, plan, block);
+    finish(start, hit, buffer, plan, block);
 }
 
 /// The walk is over.
 #[inline(always)]
-fn finish(ctx: &RetProbeContext, hit: &Hit, mut buffer: Buffer, plan: &Plan, block: &SampledBlock) {
+fn finish(start: &Start, hit: &Hit, mut buffer: Buffer, plan: &Plan, block: &SampledBlock) {
     let (walking, record) = buffer.walk();
     let key = unwind::end(hit, walking, record, plan);
-    keep(ctx, hit, buffer, block, Some(key));
+    keep(start, hit, buffer, block, Some(key));
 }
 
 /// The stack has been captured, or could not be.
 #[inline(always)]
-fn keep(
-    ctx: &RetProbeContext,
-    hit: &Hit,
-    mut buffer: Buffer,
-    block: &SampledBlock,
-    key: Option<StackKey>,
-) {
-    let stack = stack::remember(ctx, hit, buffer.walk().1, key);
+fn keep(start: &Start, hit: &Hit, mut buffer: Buffer, block: &SampledBlock, key: Option<StackKey>) {
+    let stack = stack::remember(start, hit, buffer.walk().1, key);
     release(buffer);
     alloc::keep(hit, block, stack);
 }

@@ -2,12 +2,9 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::{
-    helpers::{
-        bpf_probe_read_user,
-        generated::{bpf_loop, bpf_map_lookup_elem},
-    },
-    programs::RetProbeContext,
+use aya_ebpf::helpers::{
+    bpf_probe_read_user,
+    generated::{bpf_loop, bpf_map_lookup_elem},
 };
 use memprof_common::{
     config::Unwind,
@@ -23,6 +20,7 @@ use crate::{
     emit,
     hit::Hit,
     maps::{ARENA, ARENA_REUSES},
+    stack::Start,
 };
 
 /// The arena, and the memory of the task that runs.
@@ -101,12 +99,12 @@ struct Steps {
 /// Fills `record`, and returns its name.
 #[inline(always)]
 pub(crate) fn walk(
-    ctx: &RetProbeContext,
+    start: &Start,
     hit: &Hit,
     walking: &mut Walking,
     record: &mut StackRecord,
 ) -> StackKey {
-    let plan = begin(ctx, hit, walking);
+    let plan = begin(start, hit, walking);
     let mut steps = Steps {
         walking,
         record,
@@ -126,7 +124,7 @@ pub(crate) fn walk(
 
 /// Begins in the frame that the probed call returns to.
 #[inline(always)]
-pub(crate) fn begin(ctx: &RetProbeContext, hit: &Hit, walking: &mut Walking) -> Plan {
+pub(crate) fn begin(start: &Start, hit: &Hit, walking: &mut Walking) -> Plan {
     let target = hit.target;
     // In this order: what the list leads to is in use when it is read, and stays as it
     // is until the count changes.
@@ -139,12 +137,7 @@ pub(crate) fn begin(ctx: &RetProbeContext, hit: &Hit, walking: &mut Walking) -> 
         )
     };
     let mappings = if epoch == hit.epoch { mappings } else { 0 };
-    // SAFETY: the context is valid for this program's run.
-    let (ip, sp, bp) = unsafe {
-        let regs = ctx.regs;
-        ((*regs).rip, (*regs).rsp, (*regs).rbp)
-    };
-    walking.walk.begin(ip, sp, bp);
+    walking.walk.begin(start.ip, start.sp, start.bp);
     walking.hasher = StackHasher::new(target.stack_seed);
     Plan {
         mappings: MappingList(mappings),

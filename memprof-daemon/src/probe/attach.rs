@@ -12,7 +12,7 @@ use std::{
 };
 
 use aya::Ebpf;
-use memprof_common::{config::AttachCookie, function::Function};
+use memprof_common::{config::AttachCookie, function::Function, prefilter::SiteKind};
 use thiserror::Error;
 
 use super::{
@@ -51,6 +51,24 @@ impl Site {
     }
 }
 
+/// A site of a prefilter's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSite {
+    /// Where in the file that the image is mapped from.
+    pub file_offset: FileOffset,
+    /// What passes there.
+    pub kind: SiteKind,
+}
+
+impl ImageSite {
+    const fn place(&self, slot: u16) -> Place {
+        Place {
+            file_offset: self.file_offset.0,
+            cookie: AttachCookie::of_site(slot, self.kind).0,
+        }
+    }
+}
+
 /// Why sites could not be probed. No probe of the request stays behind.
 #[derive(Debug, Error)]
 pub enum AttachError {
@@ -68,6 +86,9 @@ pub enum AttachError {
         #[source]
         source: LinkError,
     },
+    /// The kernel refused to probe a prefilter's image.
+    #[error("cannot probe the image that was put into the process")]
+    Image(#[source] LinkError),
     /// Probing would or might kill the process.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
@@ -178,6 +199,45 @@ impl Prober {
         Ok(())
     }
 
+    /// Probes `sites` of a prefilter's image in process `pid`, the target in `slot`; all of
+    /// them or none. `path` leads to the file that the image is mapped from:
+    /// `/proc/self/fd/N`.
+    ///
+    /// No process is too confined for it. What may kill one is a system call that it does
+    /// not make itself: the one that probed returns make, and no return is probed here; and
+    /// since Linux 6.18 the one that a probe on a 5-byte `nop` makes, which a site is not
+    /// (`can_optimize` in arch/x86/kernel/uprobes.c), and which filters do not see.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub fn attach_image(
+        &mut self,
+        slot: u16,
+        pid: u32,
+        path: &Path,
+        sites: &[ImageSite],
+    ) -> Result<(), AttachError> {
+        let (allocs, frees): (Vec<&ImageSite>, Vec<&ImageSite>) =
+            sites.iter().partition(|site| site.kind == SiteKind::Alloc);
+        let mut attach = |sites: &[&ImageSite]| {
+            let places: Vec<Place> = sites.iter().map(|site| site.place(slot)).collect();
+            self.programs
+                .attach(Event::Site, path, &places, pid)
+                .map_err(|error| match error {
+                    LinkError::Exited => AttachError::Exited,
+                    error => AttachError::Image(error),
+                })
+        };
+        // In the order of `attach_sites`, for the same reason.
+        let frees = attach(&frees)?;
+        let allocs = attach(&allocs)?;
+        let held = self.targets.entry(slot).or_default();
+        held.free_entries.extend(frees);
+        held.alloc_entries.extend(allocs);
+        Ok(())
+    }
+
     /// Some kernels kill a process under a seccomp filter when a probed function
     /// returns.
     fn require_harmless(&mut self, pid: u32) -> Result<(), AttachError> {
@@ -262,3 +322,7 @@ fn detach_batch(mut links: Vec<Link>) {
         }
     });
 }
+
+#[cfg(test)]
+#[path = "sites_tests.rs"]
+mod tests;

@@ -40,6 +40,7 @@ pub(super) struct Names {
     free_entry: &'static str,
     alloc_entry: &'static str,
     alloc_return: Option<&'static str>,
+    site: Option<&'static str>,
 }
 
 impl ProgramSet {
@@ -59,6 +60,10 @@ impl ProgramSet {
                     Walker::TailCalls => Some("alloc_return_tail"),
                     Walker::Loop | Walker::FramePointers => Some("alloc_return"),
                 },
+                site: Some(match walker {
+                    Walker::TailCalls => "prefilter_site_tail",
+                    Walker::Loop | Walker::FramePointers => "prefilter_site",
+                }),
             },
             Self::Empty => Names {
                 free_entry: "empty_entry",
@@ -68,6 +73,7 @@ impl ProgramSet {
                     "empty_entry"
                 },
                 alloc_return: if session { None } else { Some("empty_return") },
+                site: None,
             },
             Self::EmptyEntriesOnly => Names {
                 free_entry: "empty_entry",
@@ -77,6 +83,7 @@ impl ProgramSet {
                     "empty_entry"
                 },
                 alloc_return: None,
+                site: None,
             },
         }
     }
@@ -91,6 +98,8 @@ pub(super) enum Event {
     AllocEntry,
     /// It returns.
     AllocReturn,
+    /// A site of a prefilter's image is passed.
+    Site,
 }
 
 /// One attached program. Dropping it detaches.
@@ -121,6 +130,7 @@ pub(super) enum Programs {
         free_entry: OwnedFd,
         alloc_entry: OwnedFd,
         alloc_return: Option<OwnedFd>,
+        site: Option<OwnedFd>,
     },
     /// Attached by perf events.
     Perf(Box<PerfPrograms>),
@@ -131,6 +141,7 @@ pub(super) struct PerfPrograms {
     free_entry: UProbe,
     alloc_entry: UProbe,
     alloc_return: Option<UProbe>,
+    site: Option<UProbe>,
 }
 
 impl Programs {
@@ -182,6 +193,10 @@ impl Programs {
                     .alloc_return
                     .map(|name| load(name, ProbeKind::Return))
                     .transpose()?,
+                site: names
+                    .site
+                    .map(|name| load(name, ProbeKind::Entry))
+                    .transpose()?,
             })));
         }
         Ok(Self::Multi {
@@ -191,6 +206,11 @@ impl Programs {
             alloc_entry: load(names.alloc_entry, alloc_type)?,
             alloc_return: names
                 .alloc_return
+                .map(|name| load(name, AttachType::Multi))
+                .transpose()?,
+            // Nor do sites, which stand for no call that returns.
+            site: names
+                .site
                 .map(|name| load(name, AttachType::Multi))
                 .transpose()?,
         })
@@ -235,6 +255,7 @@ impl Programs {
                 free_entry,
                 alloc_entry,
                 alloc_return,
+                site,
             } => {
                 let (program, attach_type, on) = match event {
                     Event::FreeEntry => (Some(&*free_entry), AttachType::Multi, ProbeOn::Entry),
@@ -242,6 +263,7 @@ impl Programs {
                     Event::AllocReturn => {
                         (alloc_return.as_ref(), AttachType::Multi, ProbeOn::Return)
                     }
+                    Event::Site => (site.as_ref(), AttachType::Multi, ProbeOn::Entry),
                 };
                 let Some(program) = program.filter(|_| !places.is_empty()) else {
                     return Ok(Vec::new());
@@ -258,6 +280,7 @@ impl Programs {
                     Event::FreeEntry => Some(&mut programs.free_entry),
                     Event::AllocEntry => Some(&mut programs.alloc_entry),
                     Event::AllocReturn => programs.alloc_return.as_mut(),
+                    Event::Site => programs.site.as_mut(),
                 };
                 let Some(program) = program else {
                     return Ok(Vec::new());

@@ -21,6 +21,7 @@ fn verified_with_ease() {
         let names = ProgramSet::Tracing(walker).names(ProbeMode::Perf);
         let mut programs = vec![names.free_entry, names.alloc_entry];
         programs.extend(names.alloc_return);
+        programs.extend(names.site);
         if walker == Walker::TailCalls {
             programs.push(tail_calls::WALK_ON);
         }
