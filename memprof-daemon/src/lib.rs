@@ -31,6 +31,7 @@ pub mod export;
 pub mod interval;
 pub mod ledger;
 pub mod pipeline;
+pub mod prefilter;
 pub mod probe;
 pub mod process;
 pub mod ring;
