@@ -1,13 +1,14 @@
-//! The prefilter engine: stubs in the target decide which blocks are sampled, and pass a
-//! probed place for those alone.
+//! The prefilter engine: which calls are sampled is decided in the target, so that only
+//! samples trap. `docs/prefilter.md` says what is written there, and how it is undone.
 
 #![expect(
     unsafe_code,
-    reason = "memory that is shared with the target, and the code that is put into it"
+    reason = "ptrace(2) and kcmp(2) beyond what nix has, memory that is shared with the target, and the code that is put into it"
 )]
 
 pub mod data;
 pub mod gaps;
 pub mod layout;
+pub mod relocate;
 mod shared;
 mod supply;

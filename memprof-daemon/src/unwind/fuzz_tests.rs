@@ -3,7 +3,6 @@
 //! how long, a second otherwise; `cargo xtask fuzz` has it run longer.
 
 use std::{
-    env,
     fs::File,
     time::{Duration, Instant},
 };
@@ -20,7 +19,7 @@ use memprof_common::{
 use super::{
     Table, compile, section,
     section::Kind,
-    testing::{Random, compile_section, frames, mutate},
+    testing::{Random, compile_section, frames, fuzz_time, mutate, random},
     tests::check_invariants,
 };
 use crate::process::elf::ElfLayout;
@@ -29,21 +28,7 @@ use crate::process::elf::ElfLayout;
 const PART_ENTRIES: usize = 12;
 
 fn seconds() -> Duration {
-    let seconds = env::var("MEMPROF_FUZZ_SECONDS").ok();
-    Duration::from_secs(seconds.map_or(1, |text| text.parse().expect("a number of seconds")))
-}
-
-/// A seed that a failure tells: the time, unless `MEMPROF_FUZZ_SEED` says.
-fn random() -> Random {
-    let seed = env::var("MEMPROF_FUZZ_SEED").map_or_else(
-        |_| {
-            let now = std::time::UNIX_EPOCH.elapsed().unwrap();
-            now.as_nanos() as u64 | 1
-        },
-        |text| text.parse().expect("a number"),
-    );
-    println!("MEMPROF_FUZZ_SEED={seed}");
-    Random(seed)
+    fuzz_time().unwrap_or(Duration::from_secs(1))
 }
 
 /// The files whose unwind information is a seed: what is there of these.

@@ -1,5 +1,7 @@
 //! Made unwind information, for tests.
 
+use std::{env, time::Duration};
+
 use super::{CompileError, Table, rows, section, table};
 use crate::{
     address::{FileOffset, VirtOffset},
@@ -8,11 +10,32 @@ use crate::{
 
 /// A generator that needs no crate; the same numbers each time.
 #[derive(Clone, Debug)]
-pub(super) struct Random(pub(super) u64);
+pub(crate) struct Random(pub(crate) u64);
+
+/// How long a test with made input is to run, if the user says.
+pub(crate) fn fuzz_time() -> Option<Duration> {
+    let seconds = env::var("MEMPROF_FUZZ_SECONDS").ok()?;
+    Some(Duration::from_secs(
+        seconds.parse().expect("a number of seconds"),
+    ))
+}
+
+/// A seed that a failure tells: the time, unless `MEMPROF_FUZZ_SEED` says.
+pub(crate) fn random() -> Random {
+    let seed = env::var("MEMPROF_FUZZ_SEED").map_or_else(
+        |_| {
+            let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+            now.as_nanos() as u64 | 1
+        },
+        |text| text.parse().expect("a number"),
+    );
+    println!("MEMPROF_FUZZ_SEED={seed}");
+    Random(seed)
+}
 
 impl Random {
     /// A number below `bound`, or 0.
-    pub(super) fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
