@@ -8,6 +8,7 @@
 
 pub mod data;
 pub mod gaps;
+pub mod hooks;
 pub mod layout;
 pub mod relocate;
 mod shared;

@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
+    ops::RangeInclusive,
     os::{
         fd::AsRawFd,
         unix::fs::{FileExt, MetadataExt},
@@ -81,6 +82,9 @@ pub struct FoundSite {
     pub file_offset: FileOffset,
     /// Functions that start here too, such as `cfree` with `free`.
     pub aliases: Vec<Function>,
+    /// How many bytes from there on are the function's, as far as is known: the first
+    /// thousands.
+    pub code_bytes: u64,
     /// The instruction to probe it on.
     pub point: ProbePoint,
 }
@@ -110,6 +114,43 @@ pub struct AllocatorModule {
     /// Functions it defines by choice at run time (`STT_GNU_IFUNC`), which the
     /// file alone cannot place.
     pub indirect: Vec<Function>,
+}
+
+impl AllocatorModule {
+    /// The code of one of its functions, or how that begins, as the file has it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub(crate) fn code(&self, site: &FoundSite) -> io::Result<Vec<u8>> {
+        let file = self.file.file.as_ref();
+        let file = file.ok_or(io::ErrorKind::NotFound)?;
+        points::read_code(file, site.file_offset, site.code_bytes)
+    }
+}
+
+/// Which of `ranges` of addresses have a symbol of `file` in them.
+///
+/// # Errors
+///
+/// The file cannot be read.
+pub(crate) fn ranges_with_symbols(
+    file: &File,
+    layout: &ElfLayout,
+    ranges: &[RangeInclusive<u64>],
+) -> Result<Vec<bool>, ElfError> {
+    let mut hit = vec![false; ranges.len()];
+    for table in &layout.symbol_tables {
+        for_each_symbol(file, table, |symbol| {
+            // The values of thread-local symbols are no addresses.
+            if (symbol.defined || symbol.is_local) && symbol.kind != elf::STT_TLS.0 {
+                for (hit, range) in hit.iter_mut().zip(ranges) {
+                    *hit |= range.contains(&symbol.address.0);
+                }
+            }
+        })?;
+    }
+    Ok(hit)
 }
 
 /// Finds allocators, and remembers what it found in each file.
@@ -390,4 +431,4 @@ fn for_each_chunk(
 
 #[cfg(test)]
 #[path = "find_tests.rs"]
-mod tests;
+pub(crate) mod tests;

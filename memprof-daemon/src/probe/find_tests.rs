@@ -4,7 +4,8 @@ use crate::process::{
 };
 use std::{fs, path::Path, process::Command};
 
-fn mapped(path: &Path) -> Arc<MappedFile> {
+/// The file, as if a process mapped it.
+pub(crate) fn mapped(path: &Path) -> Arc<MappedFile> {
     let file = File::open(path).unwrap();
     let metadata = file.metadata().unwrap();
     Arc::new(MappedFile {

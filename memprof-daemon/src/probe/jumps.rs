@@ -24,7 +24,7 @@ const DISPLACEMENT_BYTES: usize = 4;
 /// # Errors
 ///
 /// The file cannot be read.
-pub(super) fn targets(
+pub(crate) fn targets(
     file: &File,
     segments: &[Segment],
     ranges: &[RangeInclusive<u64>],

@@ -13,7 +13,7 @@ pub mod arena;
 pub mod attach;
 pub mod find;
 mod function_types;
-mod jumps;
+pub(crate) mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;

@@ -217,6 +217,6 @@ fn text(instruction: &Instruction) -> String {
 }
 
 #[cfg(test)]
-mod real;
+pub(crate) mod real;
 #[cfg(test)]
 mod tests;

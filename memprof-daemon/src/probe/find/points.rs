@@ -113,7 +113,11 @@ pub(super) fn choose_all(
         } else {
             place.size
         };
-        let bytes = read_code(file, layout, place, size.min(to_next).min(MAX_CODE_BYTES))?;
+        let code_bytes = size
+            .min(to_next)
+            .min(MAX_CODE_BYTES)
+            .min(layout.code_bytes_from(VirtOffset(place.address)));
+        let bytes = read_code(file, place.file_offset, code_bytes)?;
         let code = Code {
             bytes: &bytes,
             address: place.address,
@@ -122,6 +126,7 @@ pub(super) fn choose_all(
             function: place.function,
             file_offset: place.file_offset,
             aliases,
+            code_bytes,
             point: point::choose(place.function, code),
         });
         codes.push((place.address, bytes));
@@ -158,22 +163,16 @@ pub(super) fn choose_all(
 
 /// The first bytes of a function as the file has them, `size` at most: memory
 /// may hold breakpoints of others.
-fn read_code(
-    file: &File,
-    layout: &ElfLayout,
-    place: Place,
-    size: u64,
-) -> Result<Vec<u8>, ElfError> {
-    let size = size.min(layout.code_bytes_from(VirtOffset(place.address)));
-    let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+pub(super) fn read_code(file: &File, start: FileOffset, size: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(size.min(MAX_CODE_BYTES)).unwrap_or(0)];
     let mut length = 0;
     while let Some(space) = bytes.get_mut(length..).filter(|space| !space.is_empty()) {
-        match file.read_at(space, place.file_offset.0.saturating_add(length as u64)) {
+        match file.read_at(space, start.0.saturating_add(length as u64)) {
             // A segment can claim more than the file has.
             Ok(0) => break,
             Ok(more) => length += more,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
     }
     bytes.truncate(length);

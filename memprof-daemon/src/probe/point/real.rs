@@ -4,10 +4,10 @@
 use memprof_common::function::Function::{self, *};
 
 /// A function, its address and its first bytes.
-pub(super) type Start = (Function, u64, &'static [u8]);
+pub(crate) type Start = (Function, u64, &'static [u8]);
 
 /// glibc 2.41-12+deb13u5 of Debian 13.
-pub(super) const TRIXIE: &[Start] = &[
+pub(crate) const TRIXIE: &[Start] = &[
     (
         Malloc,
         0xa28d0,
@@ -117,7 +117,7 @@ pub(super) const TRIXIE: &[Start] = &[
 ];
 
 /// glibc 2.43-7 of Debian sid.
-pub(super) const SID: &[Start] = &[
+pub(crate) const SID: &[Start] = &[
     (
         Malloc,
         0xa4cb0,
@@ -213,7 +213,7 @@ pub(super) const SID: &[Start] = &[
 ];
 
 /// musl 1.2.6-2 of Debian sid, built with `-fcf-protection`.
-pub(super) const MUSL_CET: &[Start] = &[
+pub(crate) const MUSL_CET: &[Start] = &[
     (
         Malloc,
         0x519c0,
@@ -288,7 +288,7 @@ pub(super) const MUSL_CET: &[Start] = &[
 ];
 
 /// jemalloc 5.3.1-2 of Debian sid, built with `-fcf-protection`.
-pub(super) const JEMALLOC_SID: &[Start] = &[
+pub(crate) const JEMALLOC_SID: &[Start] = &[
     (
         Malloc,
         0x21f10,
