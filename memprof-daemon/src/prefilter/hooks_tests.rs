@@ -94,6 +94,8 @@ fn real_allocators() {
         "libmimalloc.so.2",
         "libtcmalloc.so.4",
         "libtcmalloc_minimal.so.4",
+        "libtcmalloc_debug.so.4",
+        "libtcmalloc_minimal_debug.so.4",
     ]
     .map(|name| module(&libraries.join(name)))
     .into();
@@ -112,6 +114,21 @@ fn real_allocators() {
         assert_eq!(hooks.len(), module.sites.len());
         assert!(hooks.is_sorted_by_key(|hook| hook.entry));
     }
+}
+
+/// Check that a real allocator is refused for one function: AddressSanitizer's `free` calls
+/// another at once.
+#[test]
+fn sanitizer() {
+    let module = module(Path::new("/usr/lib/x86_64-linux-gnu/libasan.so.8"));
+    let (text, refused) = table(&module);
+    println!("{text}");
+    assert_eq!(refused, 2, "cfree and free: {text}");
+    let error = hooks(&module).unwrap_err().to_string();
+    assert!(
+        error.ends_with("free: it calls another within its first instructions"),
+        "{error}"
+    );
 }
 
 /// Check that the functions of newer allocators can be entered, as far as their first bytes

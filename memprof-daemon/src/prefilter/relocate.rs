@@ -85,7 +85,8 @@ pub struct Displaced {
 /// space of a jump, behind `endbr64`, which has to be the first where indirect branches
 /// are checked. `code` is all of the function.
 ///
-/// Jumps from outside of `code` are for the caller to look for.
+/// Jumps from outside of `code` are for the caller to look for. Indirect jumps are taken to
+/// lead elsewhere: compilers fill tables of jumps with places behind the jump that uses them.
 ///
 /// # Errors
 ///
@@ -96,7 +97,7 @@ pub fn displace(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
     if entry % PAGE_BYTES + WORD_BYTES > PAGE_BYTES {
         return Err(Refusal::CrossesPage(entry));
     }
-    displaced.check_own_references()?;
+    displaced.check_own_references(address)?;
     displaced.check_rest(code, address)?;
     Ok(displaced)
 }
@@ -251,17 +252,20 @@ impl Displaced {
 
     /// Branches among the displaced instructions lead to their copies, and so do not harm;
     /// the encoder does the same with memory operands, which would be wrong.
-    fn check_own_references(&self) -> Result<(), Refusal> {
+    fn check_own_references(&self, address: u64) -> Result<(), Refusal> {
         let is_one_of_them = |target| self.instructions.iter().any(|one| one.ip() == target);
         for instruction in &self.instructions {
             if own_reference(instruction).is_some_and(|target| self.range().contains(&target)) {
                 return Err(Refusal::RefersToItself(instruction.ip()));
             }
-            if let Some(target) = branch_target(instruction)
-                && self.range().contains(&target)
-                && !is_one_of_them(target)
-            {
-                return Err(Refusal::JumpTarget(target));
+            match branch_target(instruction) {
+                Some(target) if (address..self.address).contains(&target) => {
+                    return Err(Refusal::Loops(target));
+                }
+                Some(target) if self.range().contains(&target) && !is_one_of_them(target) => {
+                    return Err(Refusal::JumpTarget(target));
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -128,6 +128,9 @@ fn jumps_back() {
     // Among themselves they may jump, but not into each other.
     assert_eq!(displaced(&[0x75, 0x01, 0x90, 0x90, 0x90]), (0, 5));
     assert_eq!(displaced(&[0xff, 0xc9, 0x75, 0xfc, 0x90]), (0, 5));
+    // But not to the endbr64 before them.
+    let again = refusal(&[0xf3, 0x0f, 0x1e, 0xfa, 0xff, 0xc9, 0x75, 0xf8, 0x90]);
+    assert_eq!(again, Refusal::Loops(ADDRESS));
     let into = refusal(&[0x75, 0x01, 0x48, 0x89, 0xc0]);
     assert_eq!(into, Refusal::JumpTarget(ADDRESS + 3));
 }

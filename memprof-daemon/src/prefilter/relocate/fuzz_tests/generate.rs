@@ -37,6 +37,7 @@ pub(super) struct Function {
 pub(super) struct Generator<'a> {
     pub(super) random: &'a mut Random,
     data: u64,
+    address: u64,
     items: Vec<(Vec<u8>, Fix)>,
     /// Registers that were written, a bit each.
     written: u16,
@@ -54,10 +55,12 @@ pub(super) struct Generator<'a> {
 }
 
 impl<'a> Generator<'a> {
-    pub(super) fn new(random: &'a mut Random, data: u64) -> Self {
+    /// Of a function at `address` with this data.
+    pub(super) fn new(random: &'a mut Random, address: u64, data: u64) -> Self {
         Self {
             random,
             data,
+            address,
             items: Vec::new(),
             written: 0,
             depth: 0,
@@ -69,8 +72,8 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// A function at `address`; none if a branch in it would not reach.
-    pub(super) fn function(mut self, address: u64) -> Option<Function> {
+    /// The function; none if a branch in it would not reach.
+    pub(super) fn function(mut self) -> Option<Function> {
         const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
         if self.one_in(3) {
             self.push(ENDBR64);
@@ -93,7 +96,7 @@ impl<'a> Generator<'a> {
             self.plain();
         }
         self.end();
-        self.assemble(address)
+        self.assemble()
     }
 
     fn one_in(&mut self, number: usize) -> bool {
@@ -294,7 +297,7 @@ impl<'a> Generator<'a> {
         }
     }
 
-    fn assemble(mut self, address: u64) -> Option<Function> {
+    fn assemble(mut self) -> Option<Function> {
         let mut starts = Vec::new();
         let mut length = 0;
         for (bytes, _) in &self.items {
@@ -316,7 +319,7 @@ impl<'a> Generator<'a> {
                     bytes[end - 4..].copy_from_slice(&distance.to_le_bytes());
                 }
                 Fix::Memory(place, more) => {
-                    let behind = address.wrapping_add(behind as u64);
+                    let behind = self.address.wrapping_add(behind as u64);
                     let distance = place.wrapping_sub(behind) as i32;
                     bytes[end - more - 4..end - more].copy_from_slice(&distance.to_le_bytes());
                 }

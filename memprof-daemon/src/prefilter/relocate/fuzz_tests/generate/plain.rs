@@ -309,7 +309,12 @@ impl Generator<'_> {
             Operand {
                 high: false,
                 bytes: vec![0x05, 0, 0, 0, 0],
-                place: Some(self.place(1)),
+                // Or the function's own.
+                place: Some(if self.one_in(4) {
+                    self.address + self.random.below(24) as u64
+                } else {
+                    self.place(1)
+                }),
                 register: None,
             }
         } else {
