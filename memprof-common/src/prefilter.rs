@@ -75,13 +75,20 @@ pub const SITE_FRAME_OFFSET: u64 = 64;
 pub const FRAME_SAMPLED: u32 = 1;
 /// `realloc`'s old block was in the sampled set and was taken out.
 pub const FRAME_TAKEN: u32 = 2;
+/// The function may call others of the family, so the call is followed if it is not
+/// sampled, too.
+pub const FRAME_NESTS: u32 = 4;
+/// `posix_memalign`: it returns an `int`, and the address is at
+/// [`SiteFrame::out_pointer`].
+pub const FRAME_STORES: u32 = 8;
 
 /// First word of the shared part: "MPPFdat1".
 pub const DATA_MAGIC: u64 = u64::from_le_bytes(*b"MPPFdat1");
 /// Where [`DATA_MAGIC`] is.
 pub const HEADER_MAGIC: usize = 0;
-/// Raised by the daemon, after it has emptied the ring, when the interval changes;
-/// begins with 1.
+/// Raised by the daemon when the interval changes, after it has emptied the ring and
+/// before it fills it anew: a thread reads this first, then takes a gap, and so never
+/// takes an old gap for a new one. Begins with 1.
 pub const HEADER_GENERATION: usize = 16;
 /// Times that a thread found the ring empty and no credit left.
 pub const HEADER_STARVED: usize = 24;
@@ -125,14 +132,14 @@ pub const SHARD_CALL_CLASSES: usize = 65;
 pub const PRIVATE_ENABLED: usize = 0;
 /// Bytes before the private blocks of the shards.
 pub const PRIVATE_FLAG_BYTES: usize = 4096;
-/// In a shard's private block: the thread pointer of the owner, with
-/// [`OWNER_BUSY`]; 0 if the shard is free. Not where a shard has its hot words, or
-/// processors would take this load for one of theirs (they compare 12 bits first).
+/// In a shard's private block: the thread pointer of the owner, for good; 0 if the
+/// shard is free. Not where a shard has its hot words, or processors would take a load
+/// of the next word for one of theirs (they compare 12 bits of addresses first).
 pub const PRIVATE_OWNER: usize = 960;
-/// In a shard's private block: the frame of the outermost call of the owner.
-pub const PRIVATE_CALL_FRAME: usize = 968;
-/// The owner is inside a call that the stubs follow.
-pub const OWNER_BUSY: u64 = 1;
+/// In a shard's private block: the thread pointer of the owner if it is in no call that
+/// the stubs follow, else the address of the outermost call's [`SiteFrame`]. One word,
+/// so that a signal handler finds no half of a change.
+pub const PRIVATE_CALL: usize = 968;
 
 /// A countdown that asks the thread for another gap.
 pub const REDRAW: i64 = -(1 << 62);

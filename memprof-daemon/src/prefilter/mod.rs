@@ -8,8 +8,11 @@
 
 pub mod data;
 pub mod gaps;
+mod header;
 pub mod hooks;
+pub mod image;
 pub mod layout;
 pub mod relocate;
 mod shared;
+mod stubs;
 mod supply;

@@ -1,0 +1,11 @@
+//! The stubs, executed in this process in front of functions that the tests make.
+
+mod accounting;
+mod fakes;
+mod format;
+mod registers;
+mod rig;
+mod sampling;
+mod set;
+mod signals;
+mod threads;

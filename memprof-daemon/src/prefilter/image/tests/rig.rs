@@ -1,0 +1,478 @@
+//! An image in this process: fake allocator functions, patched to enter it, its data, and
+//! breakpoints at its sites.
+
+use std::{
+    cell::RefCell,
+    ptr,
+    sync::{
+        Once, RwLock,
+        atomic::{AtomicI64, AtomicU64, Ordering::SeqCst},
+    },
+};
+
+use memprof_common::{
+    function::Function,
+    prefilter::{
+        ASLEEP, HEADER_CREDIT, HEADER_GENERATION, HEADER_RING_HEAD, HEADER_RING_TAIL,
+        HEADER_STARVED, HEADER_UNSHARDED, PRIVATE_CALL, PRIVATE_OWNER, RING_ENTRIES,
+        RING_ENTRY_BYTES, SHARD_BYTES, SHARD_BYTES_ASKED, SHARD_CALL_CLASSES, SHARD_CALLS,
+        SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, SITE_FRAME_OFFSET,
+        SiteFrame, SiteKind, bucket_of, home_shard,
+    },
+};
+
+use super::super::{CodeImage, MallocNests, assemble_for};
+use crate::prefilter::{hooks::Hook, layout::Geometry, relocate::displace};
+
+/// Small tables.
+pub(super) const GEOMETRY: Geometry = Geometry {
+    shards: 256,
+    bucket_bits: 14,
+};
+/// A gap that no test uses up.
+pub(super) const NEVER: u64 = 1 << 45;
+
+const CODE_BYTES: usize = 1 << 20;
+const IMAGE_OFFSET: usize = CODE_BYTES / 2;
+const FAKE_BYTES: usize = 1024;
+
+/// What a site showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hit {
+    pub(super) kind: SiteKind,
+    pub(super) rdi: u64,
+    pub(super) rbp: u64,
+    /// Address of the frame.
+    pub(super) frame_at: u64,
+    /// At [`SiteKind::Alloc`] and [`SiteKind::Restore`].
+    pub(super) frame: SiteFrame,
+}
+
+thread_local! {
+    static HITS: RefCell<Vec<Hit>> = const { RefCell::new(Vec::new()) };
+}
+static SITES: RwLock<Vec<(u64, SiteKind)>> = RwLock::new(Vec::new());
+
+/// What this thread has hit since it last asked.
+pub(super) fn hits() -> Vec<Hit> {
+    HITS.with_borrow_mut(std::mem::take)
+}
+
+/// The kinds of [`hits`].
+pub(super) fn kinds() -> Vec<SiteKind> {
+    hits().iter().map(|hit| hit.kind).collect()
+}
+
+/// The image, mapped, and the functions that enter it.
+pub(super) struct Rig {
+    code: usize,
+    data: usize,
+    data_bytes: usize,
+    functions: Vec<(Function, usize)>,
+    pub(super) image: CodeImage,
+    pub(super) geometry: Geometry,
+}
+
+impl Rig {
+    /// Functions that go on in Rust functions, whose addresses are given.
+    pub(super) fn new(functions: &[(Function, usize)]) -> Self {
+        Self::with(GEOMETRY, MallocNests::No, functions)
+    }
+
+    pub(super) fn with(
+        geometry: Geometry,
+        nests: MallocNests,
+        functions: &[(Function, usize)],
+    ) -> Self {
+        let codes: Vec<_> = functions
+            .iter()
+            .map(|&(function, rust)| (function, call_through(rust)))
+            .collect();
+        Self::with_code(geometry, nests, &codes)
+    }
+
+    /// Functions with this code.
+    pub(super) fn with_code(
+        geometry: Geometry,
+        nests: MallocNests,
+        codes: &[(Function, Vec<u8>)],
+    ) -> Self {
+        let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let code = map(
+            0,
+            CODE_BYTES,
+            all,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+        );
+        let mut functions = Vec::new();
+        let mut hooks = Vec::new();
+        for (index, (function, bytes)) in codes.iter().enumerate() {
+            let at = code + index * FAKE_BYTES;
+            write(at, bytes);
+            functions.push((*function, at));
+            let displaced = displace(bytes, at as u64).unwrap();
+            hooks.push(Hook {
+                function: *function,
+                entry: displaced.address,
+                displaced,
+            });
+        }
+
+        let data_bytes = geometry.shared_bytes() + geometry.private_bytes();
+        let data = map_data(geometry);
+        let at = (code + IMAGE_OFFSET) as u64;
+        let image = assemble_for(at, data as u64, geometry, &hooks, nests).unwrap();
+        write(code + IMAGE_OFFSET, &image.bytes);
+        for patch in &image.patches {
+            write(patch.address as usize, &patch.jump);
+        }
+        watch(code + IMAGE_OFFSET, &image);
+        let rig = Self {
+            code,
+            data,
+            data_bytes,
+            functions,
+            image,
+            geometry,
+        };
+        rig.word(HEADER_GENERATION).store(1, SeqCst);
+        rig.enable(true);
+        rig
+    }
+
+    /// As the daemon does, and as a fork undoes.
+    pub(super) fn enable(&self, enabled: bool) {
+        self.word(self.geometry.shared_bytes())
+            .store(enabled.into(), SeqCst);
+    }
+
+    /// Address of a patched function.
+    pub(super) fn function(&self, function: Function) -> usize {
+        let found = self.functions.iter().find(|&&(f, _)| f == function);
+        found.unwrap().1
+    }
+
+    pub(super) fn malloc(&self, size: u64) -> u64 {
+        call(self.function(Function::Malloc), [size, 0, 0])
+    }
+
+    pub(super) fn free(&self, address: u64) {
+        call(self.function(Function::Free), [address, 0, 0]);
+    }
+
+    pub(super) fn calloc(&self, count: u64, size: u64) -> u64 {
+        call(self.function(Function::Calloc), [count, size, 0])
+    }
+
+    pub(super) fn realloc(&self, old: u64, size: u64) -> u64 {
+        call(self.function(Function::Realloc), [old, size, 0])
+    }
+
+    /// A word of the data.
+    pub(super) fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset < self.data_bytes);
+        // SAFETY: within the data, which is mapped as long as `self` lives, aligned.
+        unsafe { &*ptr::with_exposed_provenance::<AtomicU64>(self.data + offset) }
+    }
+
+    /// A byte of the shared part.
+    pub(super) fn occupancy(&self, address: u64) -> u8 {
+        let bucket = bucket_of(address, self.geometry.bucket_bits) as usize;
+        let at = self.geometry.occupancy_offset() + bucket;
+        self.word(at & !7).load(SeqCst).to_le_bytes()[at % 8]
+    }
+
+    /// The words of a range of the data, nobody writing there.
+    fn words(&self, range: std::ops::Range<usize>) -> Vec<u64> {
+        assert!(range.start.is_multiple_of(8) && range.end <= self.data_bytes);
+        let mut words = vec![0_u64; range.len() / 8];
+        let start = ptr::with_exposed_provenance::<u64>(self.data + range.start);
+        // SAFETY: within the data, and as long as the vector; threads that write are
+        // done.
+        unsafe { ptr::copy_nonoverlapping(start, words.as_mut_ptr(), words.len()) };
+        words
+    }
+
+    /// Addresses in the sampled set.
+    pub(super) fn set(&self) -> Vec<u64> {
+        let mut words = self.words(self.geometry.buckets_offset()..self.geometry.shards_offset());
+        words.retain(|&address| address != 0);
+        words
+    }
+
+    /// Sum of the counts of all occupancy bytes; they must all be without overflow.
+    pub(super) fn occupied(&self) -> usize {
+        let mut words =
+            self.words(self.geometry.occupancy_offset()..self.geometry.buckets_offset());
+        words.retain(|&eight| eight != 0);
+        words
+            .iter()
+            .flat_map(|eight| eight.to_le_bytes())
+            .map(usize::from)
+            .sum()
+    }
+
+    /// The whole shared part.
+    pub(super) fn shared(&self) -> Vec<u64> {
+        self.words(0..self.geometry.shared_bytes())
+    }
+
+    /// Appends gaps to the ring.
+    pub(super) fn fill(&self, gaps: &[(u64, u64)]) {
+        for &(gap, interval) in gaps {
+            let tail = self.word(HEADER_RING_TAIL).load(SeqCst);
+            assert!(tail - self.word(HEADER_RING_HEAD).load(SeqCst) < RING_ENTRIES as u64);
+            let entry =
+                self.geometry.ring_offset() + tail as usize % RING_ENTRIES * RING_ENTRY_BYTES;
+            self.word(entry).store(gap, SeqCst);
+            self.word(entry + 8).store(interval, SeqCst);
+            self.word(HEADER_RING_TAIL).store(tail + 1, SeqCst);
+        }
+    }
+
+    /// How many gaps are left.
+    pub(super) fn gaps(&self) -> u64 {
+        self.word(HEADER_RING_TAIL).load(SeqCst) - self.word(HEADER_RING_HEAD).load(SeqCst)
+    }
+
+    pub(super) fn set_credit(&self, credit: u64) {
+        self.word(HEADER_CREDIT).store(credit, SeqCst);
+    }
+
+    pub(super) fn starved(&self) -> u64 {
+        self.word(HEADER_STARVED).load(SeqCst)
+    }
+
+    pub(super) fn unsharded(&self) -> u64 {
+        self.word(HEADER_UNSHARDED).load(SeqCst)
+    }
+
+    /// Over all shards: calls, bytes, frees.
+    pub(super) fn totals(&self) -> (u64, u64, i64) {
+        let words = self.words(self.geometry.shards_offset()..self.geometry.shared_bytes());
+        let (mut calls, mut bytes, mut frees) = (0, 0, 0_u64);
+        for shard in words.chunks(SHARD_BYTES / 8) {
+            let classes = &shard[SHARD_CALLS / 8..][..SHARD_CALL_CLASSES];
+            calls += classes.iter().sum::<u64>();
+            bytes += shard[SHARD_BYTES_ASKED / 8];
+            frees = frees.wrapping_add(shard[SHARD_FREES / 8]);
+        }
+        (calls, bytes, frees.cast_signed())
+    }
+
+    /// This thread's shard: where it is in the data.
+    pub(super) fn own_shard(&self) -> Option<usize> {
+        let thread = thread_pointer();
+        let home = home_shard(thread, self.geometry.shards) as usize;
+        (0..self.geometry.shards as usize)
+            .map(|probe| (home + probe) % self.geometry.shards as usize)
+            .map(|shard| self.geometry.shard_offset(shard))
+            .find(|&shard| {
+                let owner = shard + self.geometry.p_delta() + PRIVATE_OWNER;
+                self.word(owner).load(SeqCst) == thread
+            })
+    }
+
+    fn own(&self, field: usize) -> &AtomicU64 {
+        self.word(self.own_shard().unwrap() + field)
+    }
+
+    pub(super) fn countdown(&self) -> &AtomicI64 {
+        let word = self.own(SHARD_COUNTDOWN);
+        // SAFETY: of the same size and alignment, and every value is one.
+        unsafe { &*ptr::from_ref(word).cast::<AtomicI64>() }
+    }
+
+    pub(super) fn is_asleep(&self) -> bool {
+        self.countdown().load(SeqCst) > ASLEEP / 2
+    }
+
+    pub(super) fn interval(&self) -> u64 {
+        self.own(SHARD_INTERVAL).load(SeqCst)
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.own(SHARD_GENERATION).load(SeqCst)
+    }
+
+    /// Calls of this thread by leading zeros of their size.
+    pub(super) fn calls(&self, leading_zeros: usize) -> u64 {
+        self.own(SHARD_CALLS + 8 * leading_zeros).load(SeqCst)
+    }
+
+    /// A shard's owner.
+    pub(super) fn owner(&self, shard: usize) -> u64 {
+        let shard = self.geometry.shard_offset(shard);
+        self.word(shard + self.geometry.p_delta() + PRIVATE_OWNER)
+            .load(SeqCst)
+    }
+
+    /// Whether it is the address of code of the image.
+    pub(super) fn is_code(&self, address: u64) -> bool {
+        let start = (self.code + IMAGE_OFFSET) as u64;
+        (start..start + self.image.bytes.len() as u64).contains(&address)
+    }
+
+    /// The call that this thread is in.
+    pub(super) fn call_frame(&self) -> Option<u64> {
+        let call = self
+            .own(self.geometry.p_delta() + PRIVATE_CALL)
+            .load(SeqCst);
+        (call != thread_pointer()).then_some(call)
+    }
+
+    /// Gives a shard away, so that its thread finds it taken.
+    pub(super) fn give_away(&self, shard: usize) {
+        let shard = self
+            .geometry
+            .shard_offset(shard % self.geometry.shards as usize);
+        let owner = shard + self.geometry.p_delta() + PRIVATE_OWNER;
+        self.word(owner).store(16, SeqCst);
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let sites = (self.code as u64)..(self.code + CODE_BYTES) as u64;
+        SITES.write().unwrap().retain(|(at, _)| !sites.contains(at));
+        // SAFETY: both were mapped by `new`, and nothing borrowed outlives `self`.
+        unsafe {
+            libc::munmap(ptr::with_exposed_provenance_mut(self.code), CODE_BYTES);
+            libc::munmap(ptr::with_exposed_provenance_mut(self.data), self.data_bytes);
+        }
+    }
+}
+
+/// What `%fs:0` is.
+pub(super) fn thread_pointer() -> u64 {
+    let pointer;
+    // SAFETY: reads the word that the ABI puts there.
+    unsafe {
+        std::arch::asm!("mov %fs:0, {}", out(reg) pointer, options(att_syntax, nostack, readonly))
+    };
+    pointer
+}
+
+/// Calls a function of the rig.
+pub(super) fn call(function: usize, [a, b, c]: [u64; 3]) -> u64 {
+    let function = ptr::with_exposed_provenance::<()>(function);
+    // SAFETY: a fake function is there, which takes up to three words and returns one.
+    unsafe {
+        let function: extern "C" fn(u64, u64, u64) -> u64 = std::mem::transmute(function);
+        function(a, b, c)
+    }
+}
+
+/// Code that calls a Rust function: `push %rbp; mov %rsp,%rbp; movabs $rust,%rax; call
+/// *%rax; pop %rbp; ret`.
+fn call_through(rust: usize) -> Vec<u8> {
+    let mut code = vec![0x55, 0x48, 0x89, 0xe5, 0x48, 0xb8];
+    code.extend((rust as u64).to_le_bytes());
+    code.extend([0xff, 0xd0, 0x5d, 0xc3]);
+    code
+}
+
+fn map(at: usize, bytes: usize, protection: i32, flags: i32, fd: i32) -> usize {
+    // SAFETY: a new mapping, or one over a range that `map_data` has reserved.
+    let mapped = unsafe {
+        libc::mmap(
+            ptr::with_exposed_provenance_mut(at),
+            bytes,
+            protection,
+            flags,
+            fd,
+            0,
+        )
+    };
+    assert_ne!(mapped, libc::MAP_FAILED);
+    mapped.expose_provenance()
+}
+
+/// The shared part of a memory file, and the private part behind it.
+fn map_data(geometry: Geometry) -> usize {
+    let (shared, private) = (geometry.shared_bytes(), geometry.private_bytes());
+    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let data = map(0, shared + private, libc::PROT_NONE, anonymous, -1);
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: makes a file of the length that is mapped; private memory is advised on.
+    unsafe {
+        let file = libc::memfd_create(c"memprof-test".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(file >= 0 && libc::ftruncate(file, shared as i64) == 0);
+        map(data, shared, both, libc::MAP_SHARED | libc::MAP_FIXED, file);
+        libc::close(file);
+        map(
+            data + shared,
+            private,
+            both,
+            anonymous | libc::MAP_FIXED,
+            -1,
+        );
+        let private_part = ptr::with_exposed_provenance_mut(data + shared);
+        assert_eq!(
+            libc::madvise(private_part, private, libc::MADV_WIPEONFORK),
+            0
+        );
+    }
+    data
+}
+
+fn write(at: usize, bytes: &[u8]) {
+    // SAFETY: within the code of a rig, which is writable and not being executed.
+    unsafe {
+        ptr::copy_nonoverlapping(
+            bytes.as_ptr(),
+            ptr::with_exposed_provenance_mut(at),
+            bytes.len(),
+        );
+    }
+}
+
+/// Puts breakpoints at an image's sites.
+fn watch(at: usize, image: &CodeImage) {
+    static HANDLER: Once = Once::new();
+    HANDLER.call_once(|| super::signals::handle(libc::SIGTRAP, on_trap));
+    for &(kind, offset) in &image.sites {
+        let site = at + offset as usize;
+        assert_eq!(image.bytes[offset as usize], 0x90);
+        SITES.write().unwrap().push((site as u64, kind));
+        write(site, &[0xcc]);
+    }
+}
+
+extern "C" fn on_trap(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel has written both.
+    let (code, registers) = unsafe {
+        let context = &mut *context.cast::<libc::ucontext_t>();
+        ((*info).si_code, &mut context.uc_mcontext.gregs)
+    };
+    if code == libc::TRAP_TRACE {
+        super::signals::on_step(registers);
+        return;
+    }
+    let register = |index: i32| registers[index as usize].cast_unsigned();
+    let site = register(libc::REG_RIP) - 1;
+    let kind = SITES
+        .read()
+        .unwrap()
+        .iter()
+        .find_map(|&(at, kind)| (at == site).then_some(kind))
+        .expect("a breakpoint of ours");
+    let frame_at = register(libc::REG_RSP) + SITE_FRAME_OFFSET;
+    let has_frame = matches!(kind, SiteKind::Alloc | SiteKind::Restore);
+    let frame = if has_frame {
+        // SAFETY: the stubs have a frame there at these sites.
+        unsafe { *ptr::with_exposed_provenance::<SiteFrame>(frame_at as usize) }
+    } else {
+        SiteFrame::default()
+    };
+    HITS.with_borrow_mut(|hits| {
+        hits.push(Hit {
+            kind,
+            rdi: register(libc::REG_RDI),
+            rbp: register(libc::REG_RBP),
+            frame_at,
+            frame,
+        });
+    });
+}

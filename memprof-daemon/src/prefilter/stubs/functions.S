@@ -1,0 +1,223 @@
+# The stubs of the functions: each is copied for each function of its kind, and the
+# function's first instructions, which go on in the real function, are put at its end.
+# So the end of a stub is where the real function begins.
+#
+# On entry of all: the arguments are in %rdi, %rsi, %rdx; 0(%rsp) is the return address,
+# and %rsp + 8 a multiple of 16. %rax is nobody's, but for functions that return nothing.
+
+# The frame: 56 bytes below the return address, which is its last word.
+.macro memprof_frame flags
+    sub $56, %rsp
+    movl $0x7fffffff, {FRAME_FUNCTION}(%rsp)
+    memprof_patch {FUNCTION}, 4
+    movl $\flags, {FRAME_FLAGS}(%rsp)
+.endm
+
+# The rest of a stub that follows its call.
+#
+# %rax = bytes asked for; %rsp = frame, whose function, flags, out_pointer and
+# old_pointer are set. Behind it, the real function, with all registers but %rax as on
+# entry.
+.macro memprof_follow name
+    call memprof_stub_enter
+    memprof_patch {TO_COMMON}, 4
+    jnc 1f
+    call memprof_stub_\name\()_end      # %rsp is a multiple of 16
+    call memprof_stub_exit              # %rax, %rdx and all others as it left them
+    memprof_patch {TO_COMMON}, 4
+    add $56, %rsp
+    ret
+1:  add $56, %rsp
+.endm
+
+# %rdx:%rax = %rax * \factor, %rax all ones if that is too large; %rdx preserved.
+.macro memprof_product factor
+    mov %rdx, {FRAME_INTERVAL}(%rsp)    # not in use yet
+    mul \factor
+    mov {FRAME_INTERVAL}(%rsp), %rdx    # leaves the flags as they are
+    jno 1f
+    mov $-1, %rax
+1:
+.endm
+
+.macro memprof_begin name
+.balign 64, 0xcc
+memprof_stub_\name:
+.endm
+
+.macro memprof_entry name
+.balign 64, 0xcc
+memprof_stub_\name\()_entry:
+.endm
+
+.macro memprof_end name
+memprof_stub_\name\()_end:
+    ud2                                 # not copied
+    .pushsection .rodata.memprof_stubs_table,"a",@progbits
+    .long memprof_stub_\name - memprof_stubs_start
+    .long memprof_stub_\name\()_entry - memprof_stubs_start
+    .long memprof_stub_\name\()_end - memprof_stubs_start
+    .popsection
+.endm
+
+# The order of the table is that of `Template` in stubs.rs.
+.pushsection .rodata.memprof_stubs_table,"a",@progbits
+.balign 4
+.globl memprof_stubs_table
+.hidden memprof_stubs_table
+memprof_stubs_table:
+.popsection
+
+.pushsection .rodata.memprof_stubs,"a",@progbits
+
+# void *malloc(size_t %rdi)
+#
+# An unsampled call of a thread at home and in no other call: %rcx is kept below the
+# stack pointer, where signal handlers do not write (the red zone), %rax is free, and
+# the stack pointer does not move. Then the real function, as if nothing had been there.
+memprof_begin malloc
+.Lmemprof_malloc_sampled:
+    add %rdi, {SHARD_COUNTDOWN}(%rcx)   # memprof_stub_enter decides
+.Lmemprof_malloc_slow:
+    mov -8(%rsp), %rcx
+    memprof_frame 0
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdi, %rax
+    memprof_follow malloc
+    jmp memprof_stub_malloc_end
+memprof_entry malloc
+    mov %rcx, -8(%rsp)
+    memprof_home %rcx, %ecx
+    memprof_shards %rax
+    add %rax, %rcx                      # %rcx = the home shard
+    mov %fs:0, %rax
+    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
+    memprof_patch {CALL_DISTANCE}, 4
+    jne .Lmemprof_malloc_slow
+    lzcnt %rdi, %rax                    # %rax = leading zeros of the size
+    jbe .Lmemprof_malloc_slow           # carry: size 0; zero: 2^63 or more
+    sub %rdi, {SHARD_COUNTDOWN}(%rcx)
+    jle .Lmemprof_malloc_sampled        # or impossible, or to draw anew
+    incq {SHARD_CALLS}(%rcx,%rax,8)
+    add %rdi, {SHARD_BYTES_ASKED}(%rcx)
+    mov -8(%rsp), %rcx
+memprof_end malloc
+
+# void free(void *%rdi), also with a size or an alignment behind it
+#
+# An unsampled block's free, as above, but %rax is kept, too.
+memprof_begin free
+.Lmemprof_free_slow:
+    mov -16(%rsp), %rcx
+    mov -8(%rsp), %rax
+    call memprof_stub_free_slow
+    memprof_patch {TO_COMMON}, 4
+    jmp memprof_stub_free_end
+.Lmemprof_free_occupied:
+    mov -16(%rsp), %rcx
+    mov -8(%rsp), %rax
+    call memprof_stub_free_occupied
+    memprof_patch {TO_COMMON}, 4
+    jmp memprof_stub_free_end
+memprof_entry free
+    test %rdi, %rdi
+    jz memprof_stub_free_end            # free(NULL) is none
+    mov %rax, -8(%rsp)
+    mov %rcx, -16(%rsp)
+    memprof_home %rcx, %ecx
+    memprof_shards %rax
+    add %rax, %rcx                      # %rcx = the home shard
+    mov %fs:0, %rax
+    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
+    memprof_patch {CALL_DISTANCE}, 4
+    jne .Lmemprof_free_slow
+    incq {SHARD_FREES}(%rcx)
+    memprof_bucket %rdi, %rax, %eax     # %rax = bucket
+    memprof_occupancy %rcx
+    cmpb $0, (%rcx,%rax)
+    jne .Lmemprof_free_occupied
+    mov -16(%rsp), %rcx
+    mov -8(%rsp), %rax
+memprof_end free
+
+# void *valloc(size_t %rdi), pvalloc, and malloc where it calls another module's
+memprof_begin sized
+memprof_entry sized
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdi, %rax
+    memprof_follow sized
+memprof_end sized
+
+# void *calloc(size_t %rdi, size_t %rsi)
+memprof_begin calloc
+memprof_entry calloc
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdi, %rax
+    memprof_product %rsi
+    memprof_follow calloc
+memprof_end calloc
+
+# void *realloc(void *%rdi, size_t %rsi)
+memprof_begin realloc
+memprof_entry realloc
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rdi, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_follow realloc
+memprof_end realloc
+
+# void *reallocarray(void *%rdi, size_t %rsi, size_t %rdx)
+memprof_begin reallocarray
+memprof_entry reallocarray
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rdi, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_product %rdx
+    memprof_follow reallocarray
+memprof_end reallocarray
+
+# int posix_memalign(void **%rdi, size_t %rsi, size_t %rdx)
+memprof_begin posix_memalign
+memprof_entry posix_memalign
+    memprof_frame {FRAME_NESTS}+{FRAME_STORES}
+    xor %eax, %eax
+    mov %rdi, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdx, %rax
+    memprof_follow posix_memalign
+memprof_end posix_memalign
+
+# void *aligned_alloc(size_t %rdi, size_t %rsi), memalign
+memprof_begin aligned
+memprof_entry aligned
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_follow aligned
+memprof_end aligned
+
+.balign 64, 0xcc
+.globl memprof_stubs_end
+.hidden memprof_stubs_end
+memprof_stubs_end:
+.popsection
+
+.pushsection .rodata.memprof_stubs_patches,"a",@progbits
+.globl memprof_stubs_patches_end
+.hidden memprof_stubs_patches_end
+memprof_stubs_patches_end:
+.popsection
