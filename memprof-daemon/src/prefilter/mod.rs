@@ -7,12 +7,29 @@
 )]
 
 pub mod data;
+pub mod frame;
+pub mod gadgets;
 pub mod gaps;
-mod header;
+pub mod header;
 pub mod hooks;
 pub mod image;
+pub mod inject;
 pub mod layout;
+pub mod place;
+mod ptrace;
 pub mod relocate;
+mod remote;
+mod restart;
 mod shared;
+mod sharing;
+mod step;
+pub mod stop;
+pub mod stop_error;
 mod stubs;
 mod supply;
+pub mod tracer;
+mod victim;
+mod within;
+
+#[cfg(test)]
+mod testing;

@@ -252,7 +252,8 @@ pub fn pid_namespace_is_initial() -> io::Result<bool> {
     Ok(fs::metadata(Path::new("/proc/self/ns/pid"))?.ino() == INITIAL_PID_NAMESPACE)
 }
 
-fn read_status(pid: u32) -> Result<String, ProcessError> {
+/// The text of `/proc/PID/status`, of a process or a thread.
+pub(crate) fn read_status(pid: u32) -> Result<String, ProcessError> {
     let status = fs::read(format!("/proc/{pid}/status"))
         .map_err(|error| ProcessError::from_io(pid, error))?;
     Ok(String::from_utf8_lossy(&status).into_owned())
@@ -261,7 +262,7 @@ fn read_status(pid: u32) -> Result<String, ProcessError> {
 /// The number in the line that begins with `name`. The process's own name, the
 /// only text in `status` that it chooses, is escaped by the kernel and cannot
 /// begin a line.
-fn status_field(status: &str, name: &str) -> Option<u64> {
+pub(crate) fn status_field(status: &str, name: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
 }
@@ -273,16 +274,16 @@ fn boot_time(pid: u32) -> Result<SystemTime, ProcessError> {
     Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-/// The fields of `/proc/PID/stat` that are used.
-struct Stat {
-    comm: String,
-    state: char,
-    flags: u64,
+/// The fields of `/proc/PID/stat` that are used, of a process or a thread.
+pub(crate) struct Stat {
+    pub(crate) comm: String,
+    pub(crate) state: char,
+    pub(crate) flags: u64,
     start_ticks: u64,
 }
 
 impl Stat {
-    fn read(pid: u32) -> Result<Self, ProcessError> {
+    pub(crate) fn read(pid: u32) -> Result<Self, ProcessError> {
         let text = fs::read(format!("/proc/{pid}/stat"))
             .map_err(|error| ProcessError::from_io(pid, error))?;
         let text = String::from_utf8_lossy(&text);
