@@ -128,6 +128,8 @@ pub struct Calls {
     gadgets: Gadgets,
     /// It does not stand where it was first stopped any more.
     has_moved: bool,
+    /// It was held at a system call's exit, and stays so.
+    is_held: bool,
     deadline: Instant,
 }
 
@@ -159,6 +161,13 @@ impl Calls {
         if !gadgets.are_there(tid) {
             return Err(InjectError::NoGadgets { pid });
         }
+        if stopped.is_held && victim::is_confined(tid) {
+            // To suspend them would replace the options of who holds it.
+            return Err(InjectError::Seccomp {
+                pid,
+                source: Errno::EBUSY,
+            });
+        }
         if victim::is_confined(tid) {
             ptrace::suspend_seccomp(tid).map_err(|source| InjectError::Seccomp { pid, source })?;
         }
@@ -175,6 +184,7 @@ impl Calls {
             frame,
             gadgets,
             has_moved: false,
+            is_held: stopped.is_held,
             deadline: stopped.deadline.max(Instant::now() + CALL_TIMEOUT),
         };
         // In this order: the frame has the thread's own mask, so a parked thread with all
@@ -271,7 +281,9 @@ impl Calls {
     /// Gives the thread back what it had.
     fn end(self) -> Result<(), InjectError> {
         let tid = self.tid();
-        if self.has_moved {
+        // A held thread's own call is over, and not to be made again: the exit of one is like
+        // that of another.
+        if self.has_moved && !self.is_held {
             self.park()?;
             ptrace::interrupt(tid).map_err(|error| self.failed(error))?;
             step::done(Step::Interrupting);

@@ -6,7 +6,11 @@
     reason = "ptrace(2) and kcmp(2) beyond what nix has, memory that is shared with the target, and the code that is put into it"
 )]
 
+pub mod attach;
+pub mod check;
 pub mod data;
+pub mod detach;
+pub mod error;
 pub mod frame;
 pub mod gadgets;
 pub mod gaps;
@@ -15,6 +19,9 @@ pub mod hooks;
 pub mod image;
 pub mod inject;
 pub mod layout;
+pub mod leftover;
+mod map;
+mod occupants;
 pub mod place;
 mod ptrace;
 pub mod relocate;

@@ -58,6 +58,8 @@ pub struct Stopped {
     pub(super) threads: Vec<Thread>,
     /// Traced, and have not stopped yet.
     stopping: Vec<u32>,
+    /// By somebody else's doing: it is not let go here.
+    pub(super) is_held: bool,
     begun: Instant,
     pub(super) deadline: Instant,
     pub(super) gadgets: Option<Gadgets>,
@@ -125,6 +127,27 @@ impl Stopped {
         Err(last)
     }
 
+    /// The only thread of `pid`, which the calling thread has made (by `PTRACE_TRACEME`) and
+    /// holds at the exit of a system call. It stays held.
+    ///
+    /// # Errors
+    ///
+    /// [`StopError`].
+    pub fn held(tracer: &Tracer, pid: u32, deadline: Instant) -> Result<Self, StopError> {
+        let mut stopped = Self::begin(tracer, pid, deadline)?;
+        stopped.is_held = true;
+        let registers = ptrace::registers(pid)
+            .map_err(|error| StopError::trace(pid, pid, "read its registers", error))?;
+        stopped.threads.push(Thread {
+            tid: pid,
+            registers,
+            by_group: false,
+            is_kernels: false,
+        });
+        stopped.check()?;
+        Ok(stopped)
+    }
+
     fn begin(_: &Tracer, pid: u32, deadline: Instant) -> Result<Self, StopError> {
         if let Some((tracer_pid, tracer)) = tracer_of(pid)
             && tracer_pid != own_tid()
@@ -139,6 +162,7 @@ impl Stopped {
             pid,
             threads: Vec::new(),
             stopping: Vec::new(),
+            is_held: false,
             // Reads code, so before anything stops.
             gadgets: Gadgets::find(living_thread(pid)?)?,
             begun: Instant::now(),
@@ -369,7 +393,11 @@ impl Stopped {
 
     fn let_go(&mut self) -> Result<(), StopError> {
         let mut result = Ok(());
-        for thread in mem::take(&mut self.threads) {
+        let threads = mem::take(&mut self.threads);
+        if self.is_held {
+            return Ok(());
+        }
+        for thread in threads {
             let let_go = restart::set_back(&thread).and_then(|()| ptrace::detach(thread.tid));
             step::done(Step::LetGo);
             match let_go {

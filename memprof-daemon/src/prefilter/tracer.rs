@@ -15,6 +15,15 @@ pub struct Tracer {
     not_elsewhere: PhantomData<*const ()>,
 }
 
+impl Tracer {
+    /// For the thread that holds a process by ptrace already, and goes on doing so.
+    pub(crate) const fn that_holds() -> Self {
+        Self {
+            not_elsewhere: PhantomData,
+        }
+    }
+}
+
 /// Runs `work` on a thread that may trace. Whatever it still traces at its end goes on.
 ///
 /// # Errors

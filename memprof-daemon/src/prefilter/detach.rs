@@ -1,0 +1,146 @@
+//! Takes the prefilter out of a process.
+//!
+//! The functions get their bytes back at once. The memory goes when no thread is within
+//! it, nor will return to it.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{
+    attach::{Grip, Image, StoppedTime, set_enabled},
+    error::DetachError,
+    image::{Patch, read_header},
+    inject::InjectError,
+    map::PAGE_BYTES,
+    occupants::is_anyone_in,
+    stop::Stopped,
+    stop_error::StopError,
+    tracer::Tracer,
+};
+use crate::process::exit::ExitWatch;
+
+/// The first wait for threads to leave the stubs; it doubles up to the last.
+const FIRST_RETRY: Duration = Duration::from_millis(1);
+const LAST_RETRY: Duration = Duration::from_millis(100);
+
+/// For unmapping what no thread has seen.
+const UNMAP_LIMIT: Duration = Duration::from_secs(2);
+
+/// Restores the functions of the process and unmaps `image`; tries until `deadline`.
+/// A process that has ended is done with.
+///
+/// # Errors
+///
+/// [`DetachError`]; what could not be undone is still there.
+pub fn detach(
+    tracer: &Tracer,
+    process: &ExitWatch,
+    image: &Image,
+    deadline: Instant,
+) -> Result<StoppedTime, DetachError> {
+    let pid = process.pid();
+    let mut time = StoppedTime::default();
+    let mut wait = FIRST_RETRY;
+    let mut restored = false;
+    loop {
+        let mut stopped = match Stopped::all(tracer, pid, deadline) {
+            Ok(stopped) => stopped,
+            Err(_) if has_ended(process) => return Ok(time),
+            Err(error) => return Err(error.into()),
+        };
+        if has_ended(process) || !is_there(&stopped, image) {
+            stopped.release()?;
+            return Ok(time);
+        }
+        let gone = undo(&mut stopped, image, &mut restored);
+        time.add(stopped.release()?);
+        if gone? {
+            return Ok(time);
+        }
+        if Instant::now() + wait >= deadline {
+            return Err(DetachError::Busy);
+        }
+        thread::sleep(wait);
+        wait = (2 * wait).min(LAST_RETRY);
+    }
+}
+
+/// Does what can be done now; whether that was all.
+fn undo(stopped: &mut Stopped, image: &Image, restored: &mut bool) -> Result<bool, DetachError> {
+    if !*restored {
+        restore(stopped, &image.patches)?;
+        set_enabled(stopped.pid(), &image.data, false).map_err(|source| DetachError::Io {
+            what: "switch the stubs off",
+            source,
+        })?;
+        *restored = true;
+    }
+    if is_anyone_in(stopped, image)? {
+        return Ok(false);
+    }
+    unmap_in(stopped, image)?;
+    Ok(true)
+}
+
+/// Not if the process has replaced its program.
+fn is_there(stopped: &Stopped, image: &Image) -> bool {
+    image.code.iter().any(|range| {
+        let mut header = vec![0; PAGE_BYTES as usize];
+        stopped.read(range.start, &mut header).is_ok()
+            && read_header(&header).is_ok_and(|header| header.data == image.data.range)
+    })
+}
+
+fn has_ended(process: &ExitWatch) -> bool {
+    !process.is_alive().unwrap_or(true)
+}
+
+/// Writes the original bytes back, unless somebody else has written there since: what
+/// allocates first, so that no sampled block's free is missed.
+pub(super) fn restore(stopped: &Stopped, patches: &[Patch]) -> Result<(), StopError> {
+    for patch in patches.iter().rev() {
+        let mut bytes = [0; 5];
+        stopped.read(patch.address, &mut bytes)?;
+        if bytes == patch.jump {
+            stopped.write_code(patch.address, &patch.jump, &patch.original)?;
+        }
+    }
+    Ok(())
+}
+
+fn unmap_in(stopped: &mut Stopped, image: &Image) -> Result<(), InjectError> {
+    let mut ranges = image.code.clone();
+    if image.owns_data {
+        ranges.push(image.data.range.clone());
+    }
+    stopped.inject(|calls| {
+        for range in &ranges {
+            let length = range.end - range.start;
+            calls.call(libc::SYS_munmap, [range.start, length, 0, 0, 0, 0])?;
+        }
+        Ok(())
+    })
+}
+
+/// Unmaps an image that no function leads to.
+pub(super) fn unmap(
+    tracer: &Tracer,
+    process: &ExitWatch,
+    grip: Grip,
+    image: &Image,
+) -> Result<(), DetachError> {
+    let pid = process.pid();
+    let deadline = Instant::now() + UNMAP_LIMIT;
+    if has_ended(process) {
+        return Ok(());
+    }
+    let mut stopped = match grip.all(tracer, pid, deadline) {
+        Err(_) if has_ended(process) => return Ok(()),
+        stopped => stopped?,
+    };
+    let unmapped = unmap_in(&mut stopped, image);
+    stopped.release()?;
+    Ok(unmapped?)
+}

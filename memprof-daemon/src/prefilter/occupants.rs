@@ -1,0 +1,143 @@
+//! Whether threads of a stopped process are in an image, or will come back to it.
+//!
+//! Addresses of the image on a stack do not tell: a call that has returned leaves one
+//! behind, which may stand there for as long as its thread sleeps. The stubs tell. A call
+//! that they follow to its return is marked in the private block of the thread's shard
+//! (`PRIVATE_CALL`), from before the allocator is called until after its return. Besides, a
+//! signal can have interrupted a thread in the image: then its handler's frame, which the
+//! kernel lays out, has an address of the image as that to go on at.
+
+use std::ops::Range;
+
+use memprof_common::prefilter::{
+    PRIVATE_CALL, PRIVATE_FLAG_BYTES, PRIVATE_OWNER, SHARD_BYTES, SHARD_PROBES, home_shard,
+};
+
+use super::{
+    attach::Image,
+    stop::{Stopped, Thread},
+    stop_error::StopError,
+    within::mapping_at,
+};
+use crate::process::maps::MapsEntry;
+
+/// How much of a stack is searched for signal frames.
+const MOST_STACK: u64 = 8 << 20;
+const CHUNK: usize = 256 << 10;
+const WORD: u64 = 8;
+/// From a signal frame's start to the saved instruction pointer: `pretcode`, then in the
+/// `ucontext` flags, link, stack (3 words) and 16 registers (include/uapi/asm/sigcontext.h).
+const FRAME_TO_IP: u64 = 8 * (1 + 2 + 3 + 16);
+
+/// Whether anyone is, or comes back.
+///
+/// # Errors
+///
+/// The process was killed.
+pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, StopError> {
+    let is_in = |address: u64| image.code.iter().any(|range| range.contains(&address));
+    if stopped.threads().any(|thread| is_in(thread.registers.rip)) {
+        return Ok(true);
+    }
+    if image.is_wiped {
+        // A forked child: its marks are gone. Any address counts, also one left behind.
+        let ranges: Vec<Range<u64>> = image
+            .code
+            .iter()
+            .map(|range| range.start.saturating_sub(1)..range.end)
+            .collect();
+        return stopped.is_anyone_within(&ranges);
+    }
+    let maps = stopped.maps()?;
+    for thread in stopped.threads() {
+        if is_in_a_call(stopped, image, &maps, thread)
+            || has_signal_frame(stopped, &maps, thread, &is_in)?
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether the stubs follow a call of the thread.
+fn is_in_a_call(stopped: &Stopped, image: &Image, maps: &[MapsEntry], thread: &Thread) -> bool {
+    let pointer = thread.registers.fs_base;
+    let shards = image.data.geometry.shards;
+    let home = home_shard(pointer, shards) as usize;
+    for probe in 0..SHARD_PROBES {
+        let shard = (home + probe) % shards as usize;
+        let block = image.data.private + (PRIVATE_FLAG_BYTES + shard * SHARD_BYTES) as u64;
+        let (Some(owner), Some(call)) = (
+            word(stopped, block + PRIVATE_OWNER as u64),
+            word(stopped, block + PRIVATE_CALL as u64),
+        ) else {
+            // Unmapped by the process itself: nobody follows anything.
+            return false;
+        };
+        if owner == pointer {
+            return call != pointer && call != 0 && !has_left(thread, maps, call);
+        }
+    }
+    false
+}
+
+/// Whether the thread has left the call with this frame by `longjmp` or an exception: it
+/// stands above it on the same stack.
+fn has_left(thread: &Thread, maps: &[MapsEntry], frame: u64) -> bool {
+    let stack_pointer = thread.registers.rsp;
+    stack_pointer > frame
+        && mapping_at(maps, stack_pointer).map(|stack| stack.start)
+            == mapping_at(maps, frame).map(|stack| stack.start)
+}
+
+/// Whether a handler of a signal returns into the image.
+fn has_signal_frame(
+    stopped: &Stopped,
+    maps: &[MapsEntry],
+    thread: &Thread,
+    is_in: &impl Fn(u64) -> bool,
+) -> Result<bool, StopError> {
+    let stack_pointer = thread.registers.rsp;
+    let Some(stack) = mapping_at(maps, stack_pointer) else {
+        return Ok(true);
+    };
+    let mut at = stack_pointer.max(stack.start.0) & !(WORD - 1);
+    let end = stack.end.0.min(stack_pointer.saturating_add(MOST_STACK));
+    let mut chunk = vec![0; CHUNK];
+    while at < end {
+        let length = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+        let bytes = chunk.get_mut(..length).unwrap_or_default();
+        stopped.read(at, bytes)?;
+        for (number, bytes) in bytes.as_chunks().0.iter().enumerate() {
+            let place = at + number as u64 * WORD;
+            if is_in(u64::from_ne_bytes(*bytes))
+                && is_restorer(stopped, place.wrapping_sub(FRAME_TO_IP))
+            {
+                return Ok(true);
+            }
+        }
+        at += length as u64;
+    }
+    Ok(false)
+}
+
+/// Whether a signal frame begins here: with the address of what makes `rt_sigreturn`.
+fn is_restorer(stopped: &Stopped, frame: u64) -> bool {
+    /// `mov $15,%rax; syscall` and `mov $15,%eax; syscall`.
+    const RESTORERS: [&[u8]; 2] = [
+        &[0x48, 0xc7, 0xc0, 15, 0, 0, 0, 0x0f, 0x05],
+        &[0xb8, 15, 0, 0, 0, 0x0f, 0x05],
+    ];
+    let Some(address) = word(stopped, frame) else {
+        return false;
+    };
+    let mut code = [0; 9];
+    stopped.read(address, &mut code).is_ok()
+        && RESTORERS.iter().any(|restorer| code.starts_with(restorer))
+}
+
+fn word(stopped: &Stopped, address: u64) -> Option<u64> {
+    let mut bytes = [0; 8];
+    stopped.read(address, &mut bytes).ok()?;
+    Some(u64::from_ne_bytes(bytes))
+}
