@@ -8,6 +8,7 @@ pub mod code;
 pub mod daemon;
 pub mod debuginfod;
 pub mod dir;
+pub mod engine;
 pub mod http;
 pub mod memprof;
 pub mod oracle;

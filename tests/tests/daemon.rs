@@ -3,7 +3,8 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, os::unix::net::UnixListener, path::Path};
 
 use memprof_tests::{
-    Daemon, Profile, Running, TempDir, Totals, daemon::eventually, http, memprof, pprof, target,
+    Daemon, Profile, Running, TempDir, Totals, daemon::eventually, engine::is_prefilter, http,
+    memprof, pprof, target,
 };
 use nix::sys::signal::Signal;
 
@@ -250,13 +251,37 @@ fn dump() {
 }
 
 /// Check that two daemons on one process are both right, also when one of them
-/// goes.
+/// goes; and that the prefilter keeps others away until it is gone.
 #[test]
 fn two_daemons() {
     let dir = TempDir::new("daemon");
     let mut hold = holder();
     let pid = hold.pid();
     let first = Daemon::start_on(&dir.file("first.sock"), &[pid], &[]);
+    if is_prefilter() {
+        // Neither a second prefilter nor uprobes can go beside the first.
+        for engine in ["prefilter", "auto", "uprobe"] {
+            let socket = dir.file("second.sock");
+            let pid = pid.to_string();
+            let options = ["daemon", "--socket", &socket, "--probe", engine, "-p", &pid];
+            Running::spawn(&mut memprof::memprof(&options))
+                .finish()
+                .expect_code(1)
+                .expect_stderr(&["is traced by another memprof, by its prefilter"]);
+        }
+        go(&mut hold, 1);
+        let profile = first.profile_when(pid, |profile| has_objects(profile, 10));
+        assert_eq!(
+            profile.process().leaf_totals("hold_here"),
+            Totals::of(10, 10, 100)
+        );
+        first.stop();
+        let second = Daemon::start_on(&dir.file("second.sock"), &[pid], &[]);
+        go(&mut hold, 2);
+        second.profile_when(pid, |profile| has_objects(profile, 10));
+        second.stop();
+        return;
+    }
     let second = Daemon::start_on(&dir.file("second.sock"), &[pid], &[]);
     go(&mut hold, 1);
     for daemon in [&first, &second] {

@@ -39,7 +39,7 @@ fn forced_modes() {
     Running::spawn(&mut memprof(&["record", "--probe", "kprobe", "-p", "1"]))
         .finish()
         .expect_code(2)
-        .expect_stderr(&["kprobe", "auto, session, multi, perf"]);
+        .expect_stderr(&["kprobe", "auto, prefilter, uprobe, session, multi, perf"]);
 }
 
 /// Check that a process whose filter kills it for unknown system calls is traced

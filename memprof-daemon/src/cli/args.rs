@@ -61,10 +61,15 @@ pub(super) struct TraceArgs {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_IN_FLIGHT_ENTRIES, value_parser = entries())]
     in_flight_entries: u32,
 
-    /// How to attach probes: auto is the best that the kernel has of session,
-    /// multi and perf, in this order
+    /// How to look at calls: auto is the prefilter where a process allows it, else uprobes;
+    /// prefilter is that or an error; uprobe never writes to a process, and is the best
+    /// that the kernel has of session, multi and perf, each of which can be named
     #[arg(long, value_name = "MODE", default_value_t = ModeChoice::Auto, env = "MEMPROF_PROBE")]
     probe: ModeChoice,
+
+    /// Give the prefilter up for a process whose threads are in the way so long
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_seconds)]
+    attach_timeout: std::time::Duration,
 
     /// How to walk stacks: auto by unwind information, and through code that has none by
     /// frame pointers; dwarf by unwind information alone; fp by frame pointers alone
@@ -115,6 +120,7 @@ impl TraceArgs {
                 in_flight_entries: self.in_flight_entries,
             },
             probe_mode: self.probe,
+            attach_timeout: self.attach_timeout,
             unwind: self.unwind.into(),
             walker: self.walk,
             stack_copies: self.stack_copies.clone(),

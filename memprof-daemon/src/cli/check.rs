@@ -5,6 +5,10 @@ use std::{fmt::Write as _, process::ExitCode};
 use clap::Args;
 
 use crate::{
+    prefilter::{
+        check::{check, require_untraced},
+        leftover,
+    },
     probe::{
         find::{AllocatorModule, Finder, FoundSite},
         requirements::{State, check_host},
@@ -12,6 +16,7 @@ use crate::{
     process::{
         files::FileStore,
         info::{ProcessInfo, check_machine},
+        mapping::MappingTable,
         maps::read_mappings,
     },
 };
@@ -51,14 +56,44 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     for &pid in &args.pids {
         let info = ProcessInfo::read(pid)?;
         check_machine(pid)?;
-        let modules = finder.find_all(pid, &read_mappings(pid, &files)?)?;
-        print!("\n{}", sites(pid, &info.comm, &modules));
+        let mappings = read_mappings(pid, &files)?;
+        let modules = finder.find_all(pid, &mappings)?;
+        println!("\n{}", engine(pid, &info.comm, &mappings, &modules));
+        print!("{}", sites(pid, &info.comm, &modules));
     }
     Ok(if met {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(super::FAILURE)
     })
+}
+
+/// Which engine it would get, as far as that can be told without stopping it.
+fn engine(pid: u32, comm: &str, mappings: &MappingTable, modules: &[AllocatorModule]) -> String {
+    let left = match leftover::find(pid) {
+        Ok(None) => None,
+        Ok(Some(leftover)) if leftover.in_use => {
+            return format!(
+                "pid {pid} ({comm}): none, since another memprof has its prefilter in it"
+            );
+        }
+        Ok(Some(_)) => Some("after that of an earlier memprof is taken out".to_owned()),
+        Err(error) => return format!("pid {pid} ({comm}): none: {error}"),
+    };
+    // A function that is hooked already is not the file's.
+    let outcome = match left {
+        Some(left) => Ok(left),
+        None => require_untraced(pid)
+            .and_then(|()| check(pid, mappings, modules))
+            .map(|modules| {
+                let functions: usize = modules.iter().map(|module| module.hooks.len()).sum();
+                format!("{functions} functions are entered by a jump")
+            }),
+    };
+    match outcome {
+        Ok(how) => format!("pid {pid} ({comm}): engine prefilter: {how}"),
+        Err(error) => format!("pid {pid} ({comm}): engine uprobe, no prefilter: {error}"),
+    }
 }
 
 /// A line a site, in columns, under a line a module.

@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod cleanup;
 mod client;
 mod config;
 mod daemon;
@@ -44,6 +45,7 @@ enum Command {
     /// Show or change the sampling interval of a running daemon
     Config(config::ConfigArgs),
     Check(check::CheckArgs),
+    Cleanup(cleanup::CleanupArgs),
 }
 
 /// Parses the command line and does what it says: the one exit point.
@@ -56,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Daemon(args) => daemon::run(args),
         Command::Dump(args) => dump::run(args),
         Command::Check(args) => check::run(&args),
+        Command::Cleanup(args) => cleanup::run(&args),
         Command::Config(args) => config::run(args),
     };
     match result {

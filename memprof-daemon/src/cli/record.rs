@@ -30,7 +30,7 @@ use crate::{
         target::{Attached, TargetError},
         tracer::{Tracer, TracerHandle},
     },
-    probe::launch::{Launched, exit_code, launch},
+    probe::launch::{Held, Launched, exit_code, launch},
 };
 
 /// Record a profile of running processes, or of a command.
@@ -212,8 +212,8 @@ async fn start_command(tracer: &TracerHandle, command: &[OsString]) -> anyhow::R
         .name("memprof-launch".to_owned())
         .spawn(move || {
             let mut attached = None;
-            let launched = launch(builder, |pid| {
-                attached = Some(tracer.attach_blocking(pid)?);
+            let launched = launch(builder, |pid, held| {
+                attached = Some(tracer.attach_held(pid, held == Held::Loaded)?);
                 Ok::<_, TargetError>(())
             });
             // Nobody waits only if we are ending.

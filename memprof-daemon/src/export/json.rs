@@ -115,6 +115,8 @@ struct Process<'a> {
     exe: &'a str,
     start_time: String,
     exited: bool,
+    engine: &'static str,
+    engine_reason: Option<&'a str>,
     traced_s: f64,
     memory: Option<Memory>,
     totals: Option<CallTotals>,
@@ -142,6 +144,8 @@ impl<'a> Process<'a> {
             exe: &process.exe,
             start_time: rfc_3339(process.start_time),
             exited: process.exited,
+            engine: process.engine.name(),
+            engine_reason: process.engine.reason(),
             traced_s: seconds(process.traced),
             memory: process.memory.map(|memory| Memory {
                 rss_bytes: memory.rss_bytes,

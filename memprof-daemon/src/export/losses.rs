@@ -42,6 +42,14 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
                 what("block")
             ),
             "unmatched_frees" => format!("{} told after it was found out otherwise", what("free")),
+            "unsharded_calls" => format!(
+                "{} of threads beyond those that the prefilter has room for: neither counted nor sampled",
+                what("call")
+            ),
+            "starved_threads" => format!(
+                "{}: a thread sampled nothing for a while, since it allocated faster than memprof could follow",
+                what("gap in sampling")
+            ),
             // A counter without words is shown all the same.
             _ => format!("{}: {}", name.replace('_', " "), units::count(number)),
         };

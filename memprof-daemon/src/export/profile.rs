@@ -60,6 +60,38 @@ pub struct ProbeSite {
     pub emulated: bool,
 }
 
+/// How the calls of a process are looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// Code in the process decides, and probes meet samples alone.
+    Prefilter,
+    /// Probes meet every call, ...
+    #[default]
+    Uprobe,
+    /// ... since the prefilter was wanted and could not be had, for this reason.
+    UprobeSince(String),
+}
+
+impl Engine {
+    /// As users write it.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Prefilter => "prefilter",
+            Self::Uprobe | Self::UprobeSince(_) => "uprobe",
+        }
+    }
+
+    /// Why it is not the prefilter, if that was wanted.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::UprobeSince(reason) => Some(reason),
+            Self::Prefilter | Self::Uprobe => None,
+        }
+    }
+}
+
 /// The profile of one process image.
 #[derive(Clone, Debug)]
 pub struct ProcessProfile {
@@ -73,6 +105,8 @@ pub struct ProcessProfile {
     pub start_time: SystemTime,
     /// It has ended, or replaced its program.
     pub exited: bool,
+    /// How its calls are looked at.
+    pub engine: Engine,
     /// What the kernel says it holds; the last reading if it has exited, none
     /// if there was none.
     pub memory: Option<ProcessMemory>,

@@ -14,7 +14,9 @@ use std::{
 use crate::{
     address::{AbsAddr, FileOffset},
     export::{
-        profile::{ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile, StackProfile},
+        profile::{
+            Engine, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile, StackProfile,
+        },
         totals::{CallTotals, ExactTotals, SizeClass},
     },
     ledger::snapshot::StackCounters,
@@ -115,6 +117,7 @@ pub(crate) fn profile() -> Profile {
                 exe: "/opt/leaky/app".to_owned(),
                 start_time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_789_999_000),
                 exited: false,
+                engine: Engine::Prefilter,
                 memory: Some(ProcessMemory {
                     rss_bytes: 50_000_000,
                     rss_anon_bytes: 42_000_000,
@@ -134,6 +137,7 @@ pub(crate) fn profile() -> Profile {
                 exe: "/opt/other/app".to_owned(),
                 start_time: SystemTime::UNIX_EPOCH,
                 exited: true,
+                engine: Engine::UprobeSince("it is traced by gdb (pid 7)".to_owned()),
                 memory: None,
                 traced: Duration::from_millis(12),
                 totals: None,

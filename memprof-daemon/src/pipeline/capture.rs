@@ -9,7 +9,7 @@ use std::{
 use crate::{
     address::{AbsAddr, FileOffset},
     export::{
-        profile::{ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
+        profile::{Engine, ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
         totals::ExactTotals,
     },
     process::{
@@ -51,6 +51,8 @@ pub struct ImageCapture {
     pub info: ProcessInfo,
     /// It has ended.
     pub exited: bool,
+    /// How its calls are looked at.
+    pub engine: Engine,
     /// What the kernel says it holds.
     pub memory: Option<ProcessMemory>,
     /// For how long it was traced.
@@ -119,6 +121,7 @@ impl Capture {
                 exe: image.info.exe,
                 start_time: image.info.start_time,
                 exited: image.exited,
+                engine: image.engine,
                 memory: image.memory,
                 traced: image.traced,
                 totals: image.totals,

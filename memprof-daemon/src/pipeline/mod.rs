@@ -10,6 +10,7 @@
 
 pub mod capture;
 pub mod dump;
+pub mod install;
 mod prober;
 mod scan;
 pub mod service;

@@ -1,6 +1,7 @@
 //! The thread that attaches and detaches, and the handle to it.
 
 use std::{
+    path::PathBuf,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -8,7 +9,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use crate::probe::attach::{AttachError, Prober, Site};
+use crate::probe::attach::{AttachError, ImageSite, Prober, Site};
 
 enum Request {
     Attach {
@@ -16,6 +17,13 @@ enum Request {
         pid: u32,
         sites: Vec<Site>,
         reply: oneshot::Sender<Result<Duration, AttachError>>,
+    },
+    AttachImage {
+        slot: u16,
+        pid: u32,
+        path: PathBuf,
+        sites: Vec<ImageSite>,
+        reply: oneshot::Sender<Result<(), AttachError>>,
     },
     Detach {
         slot: u16,
@@ -75,6 +83,31 @@ impl ProberHandle {
         answer.await.map_err(|_| AttachError::Gone)?
     }
 
+    /// Probes the sites of a prefilter's image, for a thread outside of the runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub(super) fn attach_image(
+        &self,
+        slot: u16,
+        pid: u32,
+        path: PathBuf,
+        sites: Vec<ImageSite>,
+    ) -> Result<(), AttachError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(Request::AttachImage {
+                slot,
+                pid,
+                path,
+                sites,
+                reply,
+            })
+            .map_err(|_| AttachError::Gone)?;
+        answer.blocking_recv().map_err(|_| AttachError::Gone)?
+    }
+
     /// Takes the probes of one target off; how long it took, none if there is
     /// no thread to do it (then the kernel has).
     pub(super) async fn detach(&self, slot: u16) -> Option<Duration> {
@@ -111,6 +144,15 @@ fn serve(prober: &mut Prober, request: Request) {
         } => {
             let result = prober.attach(slot, pid, &sites);
             let _ = reply.send(result.map(|()| start.elapsed()));
+        }
+        Request::AttachImage {
+            slot,
+            pid,
+            path,
+            sites,
+            reply,
+        } => {
+            let _ = reply.send(prober.attach_image(slot, pid, &path, &sites));
         }
         Request::Detach { slot, reply } => {
             prober.detach(slot);

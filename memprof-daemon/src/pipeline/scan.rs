@@ -1,12 +1,16 @@
 //! What must be read of a process before it can be traced. Blocks; runs in jobs.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
     tables::{FileTable, TableStore},
     target::TargetError,
 };
 use crate::{
+    prefilter::{error::DetachError, leftover, tracer::with_tracer},
     probe::find::{AllocatorModule, Finder},
     process::{
         exit::ExitWatch,
@@ -46,6 +50,33 @@ pub(super) fn monotonic_ns() -> u64 {
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
+/// Takes out what an earlier memprof has left, if that may be done: beside it nothing can be
+/// attached.
+fn clear_leftover(pid: u32, clear: Option<Duration>) -> Result<(), TargetError> {
+    let left = |error| TargetError::Leftover { pid, error };
+    let Some(leftover) = leftover::find(pid).map_err(left)? else {
+        return Ok(());
+    };
+    if leftover.in_use {
+        return Err(TargetError::InUse(pid));
+    }
+    let Some(time_limit) = clear else {
+        return Err(TargetError::HasLeftover(pid));
+    };
+    let process = ExitWatch::open(pid)?;
+    let deadline = Instant::now() + time_limit;
+    with_tracer(|tracer| leftover::remove(tracer, &process, &leftover, deadline))
+        .unwrap_or_else(|source| {
+            Err(DetachError::Io {
+                what: "make a thread",
+                source,
+            })
+        })
+        .map_err(left)?;
+    tracing::info!(pid, "the prefilter of an earlier memprof was taken out");
+    Ok(())
+}
+
 impl Scanner {
     pub(super) fn new(tables: Arc<TableStore>) -> Self {
         Self {
@@ -59,8 +90,10 @@ impl Scanner {
     ///
     /// # Errors
     ///
-    /// [`TargetError`]: it is gone, cannot be traced, or has no allocator.
-    pub(super) fn scan(&self, pid: u32) -> Result<Scan, TargetError> {
+    /// [`TargetError`]: it is gone, cannot be traced, or has no allocator; or there is a
+    /// prefilter in it that must not be taken out, or cannot be within `clear`.
+    pub(super) fn scan(&self, pid: u32, clear: Option<Duration>) -> Result<Scan, TargetError> {
+        clear_leftover(pid, clear)?;
         let scan = self.read(pid, |mappings| Ok(self.finder.find_all(pid, mappings)?))?;
         // Alive after all was read: so all of it is this process's. Unable to
         // tell is as good as alive; attaching will tell.

@@ -76,6 +76,16 @@ pub struct ProcessStats {
     pub state: &'static str,
     /// Sites probed.
     pub sites: usize,
+    /// `prefilter` or `uprobe`.
+    pub engine: &'static str,
+    /// Why it is `uprobe` although the prefilter was wanted.
+    pub engine_reason: Option<String>,
+    /// Milliseconds that it was stopped for the last time, by the prefilter.
+    pub stopped_ms: f64,
+    /// Milliseconds that it was ever stopped at most.
+    pub longest_stopped_ms: f64,
+    /// Bytes that the prefilter has mapped into it.
+    pub image_bytes: u64,
     /// Milliseconds that attaching took the kernel.
     pub attach_ms: f64,
     /// Milliseconds that detaching took the kernel, once it has happened.
@@ -113,6 +123,8 @@ pub struct ImageStats {
     /// Places in replaced files that have no names, since too many such files would have to
     /// be held open.
     pub closed_places: u64,
+    /// Buckets of the prefilter's sampled set that have been full: their frees all trap.
+    pub overflowed_buckets: u64,
     /// Losses by cause.
     pub dropped_events: BTreeMap<&'static str, u64>,
     /// All calls, counted exactly; null if they are not known.
@@ -129,6 +141,7 @@ impl ImageStats {
         versions: &StackVersions,
         dropped_events: BTreeMap<&'static str, u64>,
         totals: Option<ExactTotals>,
+        overflowed_buckets: u64,
     ) -> Self {
         Self {
             epoch,
@@ -143,6 +156,7 @@ impl ImageStats {
             restored_allocations: tally.restored_allocations,
             late_samples: versions.late_samples,
             closed_places: versions.closed_places,
+            overflowed_buckets,
             dropped_events,
             totals: totals.as_ref().map(|totals| totals.calls),
             size_histogram: totals.map(|totals| totals.size_histogram),

@@ -15,14 +15,23 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use super::{
+    install::Holder,
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
+    tracer::prefilter::{Choice, StubLosses},
     versions::StackVersions,
 };
 use crate::{
-    export::profile::{ProbeSite, ProcessMemory},
+    export::profile::{Engine, ProbeSite, ProcessMemory},
     ledger::EventTally,
-    probe::{attach::AttachError, find::FindError},
+    prefilter::{
+        attach::StoppedTime,
+        error::{DetachError, PrefilterError},
+    },
+    probe::{
+        attach::AttachError,
+        find::{AllocatorModule, FindError},
+    },
     process::{
         history::CodeHistory,
         info::{ProcessError, ProcessInfo},
@@ -44,6 +53,27 @@ pub enum TargetError {
     /// Its allocator could not be probed.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// It cannot have the prefilter, and nothing else is wanted.
+    #[error("no prefilter for it: {0}")]
+    Prefilter(#[source] Box<PrefilterError>),
+    /// Another daemon's prefilter is in it.
+    #[error("process {0} is traced by another memprof, by its prefilter")]
+    InUse(u32),
+    /// An earlier daemon has left its prefilter, and nothing may be written.
+    #[error(
+        "the prefilter of an earlier memprof, or of the parent's, is in process {0}: \
+         `memprof cleanup -p {0}` takes it out"
+    )]
+    HasLeftover(u32),
+    /// Such a one could not be taken out.
+    #[error("cannot take the prefilter of an earlier memprof out of process {pid}: {error}")]
+    Leftover {
+        /// The process.
+        pid: u32,
+        /// Why.
+        #[source]
+        error: DetachError,
+    },
     /// It is being traced already, by this daemon.
     #[error("process {0} is traced already")]
     Already(u32),
@@ -98,6 +128,10 @@ pub(super) struct Image {
     pub(super) memory: Option<ProcessMemory>,
     /// Exact totals.
     pub(super) totals: ImageTotals,
+    /// How its calls were looked at, once it has ended.
+    pub(super) engine: Option<Engine>,
+    /// What stubs in it could not do.
+    pub(super) stub_losses: StubLosses,
     /// Traced from here ...
     since: Instant,
     /// ... to here, once it has ended.
@@ -125,6 +159,8 @@ impl Image {
             perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
+            engine: None,
+            stub_losses: StubLosses::default(),
             since: Instant::now(),
             until: None,
             losses_before,
@@ -200,6 +236,7 @@ impl Image {
         }
         *losses.entry(DropReason::CutStaleTables.name()).or_default() +=
             self.versions.stale_samples;
+        self.stub_losses.add_to(&mut losses);
         losses.insert("recovered_allocations", tally.recovered_allocations);
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);
@@ -242,6 +279,18 @@ pub(super) struct Target {
     /// Where the random bits of its sampling decisions start.
     pub(super) sample_seed: u64,
     pub(super) state: State,
+    /// Who has it until it is traced.
+    pub(super) holder: Holder,
+    /// How its calls are looked at.
+    pub(super) choice: Choice,
+    /// Modules are being hooked.
+    pub(super) is_hooking: bool,
+    /// Modules that were found meanwhile.
+    pub(super) waiting_modules: Vec<AllocatorModule>,
+    /// For how long it stood still.
+    pub(super) stopped: StoppedTime,
+    /// Bytes that are mapped into it.
+    pub(super) image_bytes: u64,
     /// Who waits to hear that it is traced.
     pub(super) reply: Option<AttachReply>,
     /// In the order of their epochs; the last is the present one. Empty until
@@ -298,6 +347,12 @@ impl Target {
             slot,
             sample_seed,
             state: State::Scanning,
+            holder: Holder::Nobody,
+            choice: Choice::Open,
+            is_hooking: false,
+            waiting_modules: Vec::new(),
+            stopped: StoppedTime::default(),
+            image_bytes: 0,
             reply: Some(reply),
             images: Vec::new(),
             is_lost: false,

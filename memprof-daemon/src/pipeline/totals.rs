@@ -18,11 +18,26 @@ pub(super) struct ImageTotals {
     base: Option<TargetTotals>,
     /// The last reading; none if it was made too late, or never.
     last: Option<TargetTotals>,
+    /// What stubs in the image have counted. Each call is counted there or in BPF.
+    stubs: TargetTotals,
 }
 
 impl ImageTotals {
     pub(super) const fn new(base: Option<TargetTotals>) -> Self {
-        Self { base, last: None }
+        Self {
+            base,
+            last: None,
+            stubs: TargetTotals {
+                alloc_bytes: 0,
+                free_calls: 0,
+                alloc_calls: [0; _],
+                reserved: [0; _],
+            },
+        }
+    }
+
+    pub(super) const fn set_stubs(&mut self, stubs: TargetTotals) {
+        self.stubs = stubs;
     }
 
     pub(super) const fn set_base(&mut self, base: Option<TargetTotals>) {
@@ -36,7 +51,9 @@ impl ImageTotals {
     /// The image's own; none if they are not known.
     pub(super) fn exact(&self) -> Option<ExactTotals> {
         let (base, last) = (self.base?, self.last?);
-        Some(ExactTotals::from(&combined(last, &base, u64::wrapping_sub)))
+        let probed = combined(last, &base, u64::wrapping_sub);
+        let all = combined(probed, &self.stubs, u64::wrapping_add);
+        Some(ExactTotals::from(&all))
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! # Where it is held
 //!
-//! At the entry of the first `arch_prctl(ARCH_SET_FS)` or `set_tid_address`.
+//! Behind the first `arch_prctl(ARCH_SET_FS)` or `set_tid_address`.
 //! That is when the C library sets up the main thread. Seen by strace on
 //! glibc 2.36, in this order:
 //!
@@ -174,8 +174,8 @@ impl Launched {
     }
 }
 
-/// Starts `command`, calls `on_loaded` with its pid while it is held, and lets
-/// it go.
+/// Starts `command`, calls `on_loaded` with its pid and where it is held while it is
+/// held, and lets it go.
 ///
 /// It blocks, and runs on the calling thread from start to end, `on_loaded`
 /// included: Linux takes ptrace calls from the thread that traces only, and
@@ -194,7 +194,7 @@ impl Launched {
 /// is left behind then.
 pub fn launch<E>(
     mut command: Command,
-    on_loaded: impl FnOnce(u32) -> Result<(), E>,
+    on_loaded: impl FnOnce(u32, Held) -> Result<(), E>,
 ) -> Result<Launched, LaunchError<E>> {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed;
     // `trace_me` makes two bare system calls, and making an io::Error of an
@@ -209,7 +209,7 @@ pub fn launch<E>(
     };
     let watch = ExitWatch::open(tracee.pid())?;
     let held = tracee.run_to_loaded()?;
-    on_loaded(tracee.pid()).map_err(LaunchError::OnLoaded)?;
+    on_loaded(tracee.pid(), held).map_err(LaunchError::OnLoaded)?;
     Ok(Launched {
         child: tracee.release()?,
         watch,
@@ -303,19 +303,40 @@ impl Tracee {
             match stop {
                 Stop::Syscall => {
                     let registers = ptrace::getregs(pid)?;
-                    if let Some(held) = held_at(&registers) {
-                        return Ok(held);
+                    match held_at(&registers) {
+                        Some(Held::Loaded) => return self.finish_call(),
+                        Some(held) => return Ok(held),
+                        None => {}
                     }
                     stops += 1;
                 }
-                Stop::Signal(stop @ (Signal::SIGSTOP | Signal::SIGTSTP))
-                | Stop::Signal(stop @ (Signal::SIGTTIN | Signal::SIGTTOU)) => {
-                    self.stop_signals.push(stop);
-                }
-                Stop::Signal(other) => signal = Some(other),
+                Stop::Signal(other) => self.pass_on(other, &mut signal),
             }
         }
         Ok(Held::AfterManySyscalls)
+    }
+
+    /// Lets the system call that it is held before take place: from then on the thread
+    /// has its thread pointer, and can be made to do other calls.
+    fn finish_call<E>(&mut self) -> Result<Held, LaunchError<E>> {
+        let mut signal = None;
+        loop {
+            ptrace::syscall(self.nix_pid(), signal.take())?;
+            match self.wait_for_stop()? {
+                Stop::Syscall => return Ok(Held::Loaded),
+                Stop::Signal(other) => self.pass_on(other, &mut signal),
+            }
+        }
+    }
+
+    /// A signal that has come: to be handed on when the process goes on.
+    fn pass_on(&mut self, stop: Signal, signal: &mut Option<Signal>) {
+        match stop {
+            Signal::SIGSTOP | Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU => {
+                self.stop_signals.push(stop);
+            }
+            other => *signal = Some(other),
+        }
     }
 
     fn wait_for_stop<E>(&mut self) -> Result<Stop, LaunchError<E>> {

@@ -13,7 +13,7 @@ use std::{
 /// Starts `command`, and gives back what it maps while it is held.
 fn mappings_when_held(command: Command) -> (Launched, MappingTable) {
     let mut mappings = None;
-    let launched = launch(command, |pid| {
+    let launched = launch(command, |pid, _| {
         read_mappings(pid, &FileStore::default()).map(|table| mappings = Some(table))
     });
     (launched.unwrap(), mappings.unwrap())
@@ -78,7 +78,7 @@ fn silent_while_held() {
     let (reader, writer) = io::pipe().unwrap();
     let mut command = Command::new(&program);
     command.stdout(writer);
-    let mut launched = launch(command, |_| {
+    let mut launched = launch(command, |_, _| {
         let mut fds = [rustix::event::PollFd::new(
             &reader,
             rustix::event::PollFlags::IN,
@@ -114,7 +114,7 @@ fn preloaded_library_is_mapped() {
 #[test]
 fn statuses() {
     let code = |script| {
-        let mut launched = launch(shell(script), |_| Ok::<_, io::Error>(())).unwrap();
+        let mut launched = launch(shell(script), |_, _| Ok::<_, io::Error>(())).unwrap();
         exit_code(launched.wait().unwrap())
     };
     assert_eq!(code("exit 3"), 3);
@@ -127,7 +127,7 @@ fn statuses() {
 /// told apart by the codes that shells use.
 #[test]
 fn not_a_command() {
-    let start = |name| launch(Command::new(name), |_| Ok::<_, io::Error>(())).unwrap_err();
+    let start = |name| launch(Command::new(name), |_, _| Ok::<_, io::Error>(())).unwrap_err();
     let missing = start("/no/such/command");
     assert!(matches!(missing, LaunchError::NotFound { .. }));
     assert_eq!(missing.exit_code(), 127);
@@ -143,7 +143,7 @@ fn not_a_command() {
 #[test]
 fn failure_while_held() {
     let mut pid = 0;
-    let error = launch(shell("sleep 60"), |held| {
+    let error = launch(shell("sleep 60"), |held, _| {
         pid = held;
         Err(io::Error::other("probes do not fit"))
     })
@@ -157,7 +157,7 @@ fn failure_while_held() {
 #[test]
 fn signals_while_held() {
     let send = |signal| {
-        move |pid: u32| signal::kill(Pid::from_raw(pid as i32), signal).map_err(io::Error::from)
+        move |pid: u32, _| signal::kill(Pid::from_raw(pid as i32), signal).map_err(io::Error::from)
     };
     let mut launched = launch(shell("sleep 60"), send(Signal::SIGTERM)).unwrap();
     assert_eq!(exit_code(launched.wait().unwrap()), 128 + 15);
@@ -168,7 +168,7 @@ fn signals_while_held() {
     while !fs::read_to_string(&stat).unwrap().contains(") T ") {
         assert!(Instant::now() < deadline, "never stopped");
     }
-    send(Signal::SIGCONT)(launched.pid()).unwrap();
+    send(Signal::SIGCONT)(launched.pid(), Held::Loaded).unwrap();
     assert_eq!(launched.wait().unwrap().code(), Some(4));
 
     let killed = launch(shell("sleep 60"), send(Signal::SIGKILL)).unwrap();
@@ -182,7 +182,7 @@ fn signals_while_held() {
 fn looks_as_from_a_shell() {
     let mut command = Command::new("/bin/cat");
     command.arg("/proc/self/status").stdout(Stdio::piped());
-    let mut launched = launch(command, |_| Ok::<_, io::Error>(())).unwrap();
+    let mut launched = launch(command, |_, _| Ok::<_, io::Error>(())).unwrap();
     let mut status = String::new();
     let mut stdout = launched.child.stdout.take().unwrap();
     stdout.read_to_string(&mut status).unwrap();
@@ -201,7 +201,7 @@ fn looks_as_from_a_shell() {
 #[tokio::test]
 async fn watch_tells_the_end() {
     let launched = tokio::task::spawn_blocking(|| {
-        launch(shell("exit 5"), |_| Ok::<_, io::Error>(())).unwrap()
+        launch(shell("exit 5"), |_, _| Ok::<_, io::Error>(())).unwrap()
     });
     let mut launched = launched.await.unwrap();
     launched.watch().exited().await.unwrap();
@@ -223,7 +223,7 @@ fn program_without_c_library() {
         .status()
         .unwrap();
     assert!(status.success());
-    let mut launched = launch(Command::new(&stem), |_| Ok::<_, io::Error>(())).unwrap();
+    let mut launched = launch(Command::new(&stem), |_, _| Ok::<_, io::Error>(())).unwrap();
     assert_eq!(launched.held(), Held::BeforeSyscall(60));
     assert_eq!(launched.wait().unwrap().code(), Some(6));
     fs::remove_file(&stem).unwrap();

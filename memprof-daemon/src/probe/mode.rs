@@ -93,24 +93,40 @@ impl Unsupported {
 /// What the user wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ModeChoice {
-    /// The best that there is.
+    /// The prefilter where a target allows it, else uprobes in the best mode.
     #[default]
     Auto,
-    /// This one or none.
+    /// The prefilter or nothing.
+    Prefilter,
+    /// Uprobes in the best mode: nothing is ever written to a target.
+    Uprobe,
+    /// Uprobes in this mode or none.
     Only(ProbeMode),
 }
 
 impl ModeChoice {
-    /// The mode to use on the running kernel.
+    /// The mode to use uprobes in on the running kernel.
     ///
     /// # Errors
     ///
     /// If the one that is wanted is not there.
     pub fn resolve(self) -> Result<ProbeMode, Unsupported> {
         match self {
-            Self::Auto => Ok(ProbeMode::best()),
+            Self::Auto | Self::Prefilter | Self::Uprobe => Ok(ProbeMode::best()),
             Self::Only(mode) => mode.try_out().map(|()| mode),
         }
+    }
+
+    /// Whether code may be written to targets.
+    #[must_use]
+    pub const fn may_write(self) -> bool {
+        matches!(self, Self::Auto | Self::Prefilter)
+    }
+
+    /// Whether uprobes on the allocators of targets will do.
+    #[must_use]
+    pub const fn may_probe(self) -> bool {
+        !matches!(self, Self::Prefilter)
     }
 }
 
@@ -118,6 +134,8 @@ impl fmt::Display for ModeChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Auto => f.pad("auto"),
+            Self::Prefilter => f.pad("prefilter"),
+            Self::Uprobe => f.pad("uprobe"),
             Self::Only(mode) => mode.fmt(f),
         }
     }
@@ -127,14 +145,11 @@ impl FromStr for ModeChoice {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        if name == "auto" {
-            return Ok(Self::Auto);
-        }
-        ProbeMode::ALL
+        [Self::Auto, Self::Prefilter, Self::Uprobe]
             .into_iter()
-            .find(|mode| mode.name() == name)
-            .map(Self::Only)
-            .ok_or_else(|| "it is one of auto, session, multi, perf".to_owned())
+            .chain(ProbeMode::ALL.map(Self::Only))
+            .find(|choice| choice.to_string() == name)
+            .ok_or_else(|| "it is one of auto, prefilter, uprobe, session, multi, perf".to_owned())
     }
 }
 
@@ -145,11 +160,11 @@ mod tests {
     /// Check that a choice is read back from its name, and others are refused.
     #[test]
     fn names() {
-        for choice in ProbeMode::ALL
-            .map(ModeChoice::Only)
-            .into_iter()
-            .chain([ModeChoice::Auto])
-        {
+        for choice in ProbeMode::ALL.map(ModeChoice::Only).into_iter().chain([
+            ModeChoice::Auto,
+            ModeChoice::Prefilter,
+            ModeChoice::Uprobe,
+        ]) {
             assert_eq!(choice.to_string().parse(), Ok(choice));
         }
         assert!("kprobe".parse::<ModeChoice>().is_err());

@@ -88,6 +88,11 @@ impl<W: Write> Report<'_, W> {
                 self.fact("estimated", &estimated)?;
             }
         }
+        let engine = match process.engine.reason() {
+            Some(reason) => format!("{}: {}", process.engine.name(), printable(reason)),
+            None => process.engine.name().to_owned(),
+        };
+        self.fact("engine", &engine)?;
         self.fact("captured", &rfc_3339(profile.captured_at))
     }
 

@@ -7,10 +7,11 @@ use memprof_common::{
 };
 use tracing::{info, warn};
 
-use super::{Command, Tracer, random_seed};
+use super::{Command, Tracer, prefilter::Choice, random_seed};
 use crate::{
     export::profile::ProbeSite,
     pipeline::{
+        install::Holder,
         scan::Scan,
         target::{AttachReply, Attached, Image, State, Target, TargetError},
     },
@@ -29,13 +30,14 @@ pub(in crate::pipeline) struct Found {
 }
 
 /// Sites that are attached together.
+#[derive(Debug, Default)]
 pub(in crate::pipeline) struct SiteBatch {
-    places: Vec<(u64, u64, u64)>,
-    shown: Vec<ProbeSite>,
+    pub(super) places: Vec<(u64, u64, u64)>,
+    pub(super) shown: Vec<ProbeSite>,
 }
 
 impl Tracer {
-    pub(super) fn begin_attach(&mut self, pid: u32, reply: AttachReply) {
+    pub(super) fn begin_attach(&mut self, pid: u32, holder: Holder, reply: AttachReply) {
         if self.targets.contains_key(&pid) {
             let _ = reply.send(Err(TargetError::Already(pid)));
             return;
@@ -48,13 +50,22 @@ impl Tracer {
         self.drain_mmap_events();
         let mut target = Target::new(self.next_slot, random_seed(), reply);
         target.jobs = 1;
+        target.holder = holder;
+        if !self.options.probe_mode.may_write() {
+            target.choice = Choice::Uprobe(None);
+        }
         self.next_slot += 1;
         self.targets.insert(pid, target);
         self.publish_live();
         let scanner = self.scanner.clone();
+        let clear = self
+            .options
+            .probe_mode
+            .may_write()
+            .then_some(self.options.attach_timeout);
         self.spawn_job(move || Command::Scanned {
             pid,
-            result: scanner.scan(pid).map(Box::new),
+            result: scanner.scan(pid, clear).map(Box::new),
         });
     }
 
@@ -101,17 +112,26 @@ impl Tracer {
         self.attach_modules(pid, &scan.modules);
     }
 
+    /// Hooks or probes what is not yet of `modules`.
+    pub(super) fn attach_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        match target.choice {
+            _ if target.is_hooking => target.waiting_modules.extend_from_slice(modules),
+            Choice::Open | Choice::Prefilter(_) => self.hook_modules(pid, modules),
+            Choice::Uprobe(_) => self.probe_modules(pid, modules),
+        }
+    }
+
     /// Probes what is not probed yet of `modules`.
-    fn attach_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+    pub(super) fn probe_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
         let slot = target.slot;
         let mut sites = Vec::new();
-        let mut batch = SiteBatch {
-            places: Vec::new(),
-            shown: Vec::new(),
-        };
+        let mut batch = SiteBatch::default();
         for module in modules {
             let file = &module.file;
             for found in &module.sites {
@@ -258,6 +278,8 @@ impl Tracer {
                 modules: target.modules.iter().cloned().collect(),
                 attach_time: target.attach_time,
             };
+            // Before the answer: who waits for it lets the process go.
+            target.holder = Holder::Nobody;
             if let Some(reply) = target.reply.take() {
                 let _ = reply.send(Ok(attached));
             }
@@ -265,7 +287,7 @@ impl Tracer {
     }
 
     /// Forgets a process that could not be traced, and tells who asked for it.
-    fn give_up(&mut self, pid: u32, error: TargetError) {
+    pub(super) fn give_up(&mut self, pid: u32, error: TargetError) {
         let Some(mut target) = self.targets.remove(&pid) else {
             return;
         };

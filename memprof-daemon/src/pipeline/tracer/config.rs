@@ -28,6 +28,7 @@ impl Tracer {
             return Err(error);
         }
         self.options.sample_interval_bytes = config.sample_interval_bytes;
+        self.set_prefilter_intervals(config.sample_interval_bytes);
         self.coarsest_interval_bytes = self
             .coarsest_interval_bytes
             .max(config.sample_interval_bytes);

@@ -5,11 +5,15 @@ use std::time::Duration;
 use aya::maps::MapError;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::attaching::{Found, SiteBatch};
+use super::{
+    attaching::{Found, SiteBatch},
+    prefilter::Hooked,
+};
 use crate::{
     config::Config,
     pipeline::{
         capture::Capture,
+        install::{Holder, Job},
         scan::Scan,
         stats::{ProcessSummary, Stats},
         tables::FileTable,
@@ -23,6 +27,7 @@ use crate::{
 pub(in crate::pipeline) enum Command {
     Attach {
         pid: u32,
+        holder: Holder,
         reply: AttachReply,
     },
     Scanned {
@@ -39,6 +44,7 @@ pub(in crate::pipeline) enum Command {
         batch: SiteBatch,
         result: Result<Duration, AttachError>,
     },
+    Hooked(Box<Hooked>),
     Detached {
         pid: u32,
         time: Option<Duration>,
@@ -93,22 +99,38 @@ impl TracerHandle {
     pub async fn attach(&self, pid: u32) -> Result<Attached, TargetError> {
         let (reply, answer) = oneshot::channel();
         self.commands
-            .send(Command::Attach { pid, reply })
+            .send(Command::Attach {
+                pid,
+                holder: Holder::Nobody,
+                reply,
+            })
             .await
             .map_err(|_| TargetError::Stopped)?;
         answer.await.map_err(|_| TargetError::Stopped)?
     }
 
-    /// As [`Self::attach`], for a thread outside of the runtime.
+    /// As [`Self::attach`], for the thread that holds the process by ptrace. With
+    /// `at_call_end` that is at the end of a system call, and the thread does what has to be
+    /// done by ptrace meanwhile.
     ///
     /// # Errors
     ///
     /// As [`Self::attach`].
-    pub fn attach_blocking(&self, pid: u32) -> Result<Attached, TargetError> {
+    pub fn attach_held(&self, pid: u32, at_call_end: bool) -> Result<Attached, TargetError> {
+        let (sender, jobs) = std::sync::mpsc::channel::<Job>();
+        let holder = if at_call_end {
+            Holder::Thread(sender)
+        } else {
+            Holder::Unfit
+        };
         let (reply, answer) = oneshot::channel();
         self.commands
-            .blocking_send(Command::Attach { pid, reply })
+            .blocking_send(Command::Attach { pid, holder, reply })
             .map_err(|_| TargetError::Stopped)?;
+        // Until the tracer drops its end.
+        for job in jobs {
+            job();
+        }
         answer.blocking_recv().map_err(|_| TargetError::Stopped)?
     }
 

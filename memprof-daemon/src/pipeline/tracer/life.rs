@@ -7,9 +7,11 @@ use tracing::{debug, info, warn};
 use super::{Command, Tracer, attaching::Found};
 use crate::{
     pipeline::{
+        install::take_out,
         scan::{Scan, Scanner},
         target::{Image, State, TargetError},
     },
+    prefilter::attach::Image as PrefilterImage,
     probe::mode::ProbeMode,
     process::info::{ProcessInfo, first_thread_has_ended},
     ring::mmap_events::MmapEvent,
@@ -102,10 +104,24 @@ impl Tracer {
     }
 
     pub(super) fn spawn_rescan(&self, image: ImageId) {
+        self.spawn_rescan_without(image, None);
+    }
+
+    /// Reads a process again, which may have a prefilter in it that was another program's:
+    /// if the tracer has hooked it between the replacement and the news of it.
+    fn spawn_rescan_without(&self, image: ImageId, stale: Option<PrefilterImage>) {
         let scanner = self.scanner.clone();
-        self.spawn_job(move || Command::Rescanned {
-            image,
-            result: scanner.rescan(image.pid).map(Box::new),
+        let time_limit = self.options.attach_timeout;
+        self.spawn_job(move || {
+            if let Some(stale) = stale
+                && let Err(error) = take_out(image.pid, &stale, time_limit)
+            {
+                warn!(pid = image.pid, %error, "cannot take the prefilter out");
+            }
+            Command::Rescanned {
+                image,
+                result: scanner.rescan(image.pid).map(Box::new),
+            }
         });
     }
 
@@ -181,6 +197,14 @@ impl Tracer {
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
+        let stale = target.end_stubs();
+        if stale.is_some() {
+            // They were in the old program's memory.
+            target.probed.clear();
+            target.sites.clear();
+            target.image_bytes = 0;
+            self.prober.detach_soon(slot);
+        }
         if let Some(current) = target.images.last_mut() {
             current.end(losses);
         }
@@ -190,7 +214,7 @@ impl Tracer {
         target.seen_files.clear();
         target.jobs += 1;
         self.replaced.push(old);
-        self.spawn_rescan(image);
+        self.spawn_rescan_without(image, stale);
         self.publish_mappings(image.pid);
     }
 
@@ -269,6 +293,8 @@ impl Tracer {
             return;
         };
         target.state = State::Ended;
+        drop(target.end_stubs());
+        target.image_bytes = 0;
         // BPF walks no stack of it any more.
         target.list = None;
         target.tables.clear();

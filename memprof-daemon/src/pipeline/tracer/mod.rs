@@ -12,6 +12,7 @@ mod config;
 mod handle;
 mod life;
 mod mappings;
+pub(super) mod prefilter;
 mod reporting;
 mod totals;
 
@@ -71,6 +72,8 @@ pub struct TracerOptions {
     pub sizes: Sizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
+    /// How long threads may be in the way of the prefilter.
+    pub attach_timeout: Duration,
     /// How to walk stacks.
     pub unwind: Unwind,
     /// How BPF goes from frame to frame; the best way if none is named.
@@ -266,6 +269,8 @@ impl Tracer {
                 }
                 command = self.commands.recv() => match command {
                     Some(Command::Stop { reply }) => {
+                        self.settle_hooking().await;
+                        self.take_all_out().await;
                         let time = self.prober.detach_all().await;
                         let _ = reply.send(time);
                         return;
@@ -275,6 +280,7 @@ impl Tracer {
                         self.serve(command);
                     }
                     None => {
+                        self.take_all_out().await;
                         self.prober.detach_all().await;
                         return;
                     }
@@ -310,11 +316,12 @@ impl Tracer {
 
     fn serve(&mut self, command: Command) {
         match command {
-            Command::Attach { pid, reply } => self.begin_attach(pid, reply),
+            Command::Attach { pid, holder, reply } => self.begin_attach(pid, holder, reply),
             Command::Scanned { pid, result } => self.scanned(pid, result),
             Command::Rescanned { image, result } => self.rescanned(image, result),
             Command::Found(found) => self.found(found),
             Command::AttachDone { pid, batch, result } => self.attach_done(pid, batch, result),
+            Command::Hooked(hooked) => self.hooked(*hooked),
             Command::Detached { pid, time } => {
                 if let Some(target) = self.targets.get_mut(&pid) {
                     target.detach_time = time;
@@ -349,6 +356,7 @@ impl Tracer {
     /// The regular round.
     fn look_after(&mut self, slow: bool) {
         self.drain_mmap_events();
+        self.refill();
         if slow {
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();

@@ -45,6 +45,10 @@ impl Tracer {
                 images.push(ImageCapture {
                     info: image.info.clone(),
                     exited: image.ended(),
+                    engine: image
+                        .engine
+                        .clone()
+                        .unwrap_or_else(|| target.choice.engine()),
                     memory: image.memory,
                     traced: image.traced(),
                     totals: image.totals.exact(),
@@ -113,6 +117,11 @@ impl Tracer {
                 .iter()
                 .map(|(&pid, target)| {
                     let losses = self.losses(target.slot);
+                    let engine = target
+                        .images
+                        .last()
+                        .and_then(|image| image.engine.clone())
+                        .unwrap_or_else(|| target.choice.engine());
                     ProcessStats {
                         pid,
                         comm: target
@@ -122,6 +131,11 @@ impl Tracer {
                             .unwrap_or_default(),
                         state: target.state.name(),
                         sites: target.sites.len(),
+                        engine: engine.name(),
+                        engine_reason: engine.reason().map(str::to_owned),
+                        stopped_ms: milliseconds(target.stopped.last),
+                        longest_stopped_ms: milliseconds(target.stopped.max),
+                        image_bytes: target.image_bytes,
                         attach_ms: milliseconds(target.attach_time),
                         detach_ms: target.detach_time.map(milliseconds),
                         images: target
@@ -136,6 +150,7 @@ impl Tracer {
                                     &image.versions,
                                     image.losses(losses, &tally),
                                     image.totals.exact(),
+                                    image.stub_losses.overflowed,
                                 )
                             })
                             .collect(),

@@ -64,6 +64,9 @@ impl Tracer {
 
     /// Reads the totals of a target's present image.
     pub(super) fn refresh_totals_of(&mut self, pid: u32) {
+        if let Some(target) = self.targets.get_mut(&pid) {
+            target.refresh_stubs();
+        }
         let Some(target) = self.targets.get(&pid) else {
             return;
         };

@@ -1,0 +1,373 @@
+//! Targets with the prefilter: in, out, and its data in between.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use super::{Command, Tracer, attaching::SiteBatch, random_seed};
+use crate::{
+    export::profile::{Engine, ProbeSite},
+    pipeline::{
+        install::{Installation, on_a_thread, take_out},
+        target::{State, Target, TargetError},
+    },
+    prefilter::{
+        attach::{Attached, Image},
+        data::SharedData,
+        error::PrefilterError,
+    },
+    probe::{
+        attach::AttachError,
+        find::{AllocatorModule, FoundSite},
+    },
+    sample::ImageId,
+};
+
+/// How a target's calls are looked at.
+#[derive(Debug, Default)]
+pub(in crate::pipeline) enum Choice {
+    /// By the prefilter, once it is in.
+    #[default]
+    Open,
+    /// By the prefilter.
+    Prefilter(Box<Prefilter>),
+    /// By uprobes on every call, since the prefilter cannot be had if there is a reason.
+    Uprobe(Option<String>),
+}
+
+/// What is in a process.
+#[derive(Debug)]
+pub(in crate::pipeline) struct Prefilter {
+    image: Image,
+    data: SharedData,
+}
+
+impl Choice {
+    pub(in crate::pipeline) fn engine(&self) -> Engine {
+        match self {
+            Self::Open | Self::Prefilter(_) => Engine::Prefilter,
+            Self::Uprobe(None) => Engine::Uprobe,
+            Self::Uprobe(Some(reason)) => Engine::UprobeSince(reason.clone()),
+        }
+    }
+}
+
+/// What has come of hooking modules.
+pub(in crate::pipeline) struct Hooked {
+    /// Whose they were.
+    image: ImageId,
+    modules: Vec<AllocatorModule>,
+    batch: SiteBatch,
+    result: Result<Attached, PrefilterError>,
+    time: Duration,
+}
+
+/// What the stubs of an image could not do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::pipeline) struct StubLosses {
+    /// Calls that were neither counted nor sampled.
+    pub(in crate::pipeline) unsharded: u64,
+    /// Times that a thread found no gap.
+    pub(in crate::pipeline) starved: u64,
+    /// Buckets of the sampled set whose frees all trap.
+    pub(in crate::pipeline) overflowed: u64,
+}
+
+impl StubLosses {
+    /// Adds them to the losses by cause.
+    pub(in crate::pipeline) fn add_to(&self, losses: &mut BTreeMap<&'static str, u64>) {
+        losses.insert("unsharded_calls", self.unsharded);
+        losses.insert("starved_threads", self.starved);
+    }
+}
+
+impl Tracer {
+    /// Hooks what is not hooked yet of `modules`.
+    pub(super) fn hook_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        let mut batch = SiteBatch::default();
+        let mut fresh = Vec::new();
+        for module in modules {
+            let before = batch.places.len();
+            for found in &module.sites {
+                let file_offset = found.probe_offset();
+                let place = (module.file.device, module.file.inode, file_offset.0);
+                if target.probed.insert(place) {
+                    batch.places.push(place);
+                    batch.shown.push(hooked_site(module, found));
+                }
+            }
+            if batch.places.len() > before {
+                fresh.push(module.clone());
+            }
+        }
+        if let Err(error) = self.tell_bpf(pid) {
+            return self.give_up(pid, error);
+        }
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        let Some(image) = target.images.last() else {
+            return;
+        };
+        if fresh.is_empty() {
+            return;
+        }
+        let image_id = image.id;
+        let installation = Installation {
+            pid,
+            slot: target.slot,
+            mappings: image.code.now().clone(),
+            modules: fresh.clone(),
+            data: match &target.choice {
+                Choice::Prefilter(prefilter) => Some(prefilter.image.place()),
+                Choice::Open | Choice::Uprobe(_) => None,
+            },
+            interval_bytes: self.options.sample_interval_bytes,
+            seed: random_seed(),
+            time_limit: self.options.attach_timeout,
+            prober: self.prober.clone(),
+        };
+        target.jobs += 1;
+        target.is_hooking = true;
+        let begun = Instant::now();
+        let outcome = installation.start(&target.holder);
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let result = outcome.await.unwrap_or(Err(PrefilterError::NoThread));
+            let hooked = Hooked {
+                image: image_id,
+                modules: fresh,
+                batch,
+                result,
+                time: begun.elapsed(),
+            };
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::Hooked(Box::new(hooked))).await;
+            }
+        });
+    }
+
+    /// Modules have been hooked, or could not be.
+    pub(super) fn hooked(&mut self, hooked: Hooked) {
+        let Hooked {
+            image,
+            modules,
+            batch,
+            result,
+            time,
+        } = hooked;
+        let pid = image.pid;
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.is_hooking = false;
+        let waiting = std::mem::take(&mut target.waiting_modules);
+        let is_present = target.images.last().is_some_and(|last| last.id == image);
+        match result {
+            Ok(attached) if is_present => self.keep(pid, batch, attached, time),
+            // The program was replaced meanwhile: before it was hooked or after.
+            Ok(attached) => {
+                target.jobs = target.jobs.saturating_sub(1);
+                self.discard(pid, attached.image);
+            }
+            Err(error) if !is_present => {
+                target.jobs = target.jobs.saturating_sub(1);
+                debug!(pid, %error, "the program was replaced before it was hooked");
+            }
+            Err(error) => self.not_hooked(pid, &modules, batch, error),
+        }
+        if !waiting.is_empty() {
+            self.attach_modules(pid, &waiting);
+        }
+    }
+
+    fn keep(&mut self, pid: u32, batch: SiteBatch, attached: Attached, time: Duration) {
+        let interval_bytes = self.options.sample_interval_bytes;
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        let Attached {
+            image,
+            data,
+            stopped,
+        } = attached;
+        target.stopped.join(stopped);
+        target.image_bytes += image.bytes();
+        debug!(pid, ?stopped, bytes = image.bytes(), "the prefilter is in");
+        match (&mut target.choice, data) {
+            (Choice::Prefilter(prefilter), _) => prefilter.image.absorb(image),
+            (choice, Some(mut data)) => {
+                // It may have changed since.
+                data.set_interval(interval_bytes);
+                *choice = Choice::Prefilter(Box::new(Prefilter { image, data }));
+            }
+            (_, None) => {}
+        }
+        self.attach_done(pid, batch, Ok(time));
+    }
+
+    fn not_hooked(
+        &mut self,
+        pid: u32,
+        modules: &[AllocatorModule],
+        batch: SiteBatch,
+        error: PrefilterError,
+    ) {
+        let may_probe = self.options.probe_mode.may_probe();
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        if target.exit_seen {
+            return self.attach_done(pid, batch, Err(AttachError::Exited));
+        }
+        target.jobs = target.jobs.saturating_sub(1);
+        for place in &batch.places {
+            target.probed.remove(place);
+        }
+        let is_first = matches!(target.state, State::Attaching);
+        let is_late = matches!(target.choice, Choice::Prefilter(_));
+        if !may_probe {
+            if is_first {
+                return self.give_up(pid, TargetError::Prefilter(Box::new(error)));
+            }
+            warn!(pid, %error, "what was mapped later gets no prefilter");
+            return;
+        }
+        if is_late {
+            warn!(pid, %error, "an allocator that was mapped later is probed at every call");
+        } else {
+            info!(pid, %error, "no prefilter: probed at every call");
+            target.choice = Choice::Uprobe(Some(error.to_string()));
+        }
+        self.probe_modules(pid, modules);
+    }
+
+    /// Takes an image out that is not wanted any more. It may be gone.
+    fn discard(&self, pid: u32, image: Image) {
+        let time_limit = self.options.attach_timeout;
+        on_a_thread(Box::new(move || {
+            if let Err(error) = take_out(pid, &image, time_limit) {
+                warn!(pid, %error, "cannot take the prefilter out");
+            }
+        }));
+    }
+
+    /// Fills up what the stubs take from.
+    pub(super) fn refill(&mut self) {
+        for target in self.targets.values_mut().filter(|target| target.is_live()) {
+            if let Choice::Prefilter(prefilter) = &mut target.choice {
+                prefilter.data.tick();
+            }
+        }
+    }
+
+    /// A new interval is in force.
+    pub(super) fn set_prefilter_intervals(&mut self, interval_bytes: u64) {
+        for target in self.targets.values_mut().filter(|target| target.is_live()) {
+            if let Choice::Prefilter(prefilter) = &mut target.choice {
+                prefilter.data.set_interval(interval_bytes);
+            }
+        }
+    }
+
+    /// Takes the prefilter out of every target.
+    pub(super) async fn take_all_out(&mut self) {
+        let time_limit = self.options.attach_timeout;
+        let mut outcomes = Vec::new();
+        for (&pid, target) in self.targets.iter_mut() {
+            if !target.is_live() {
+                continue;
+            }
+            let Choice::Prefilter(prefilter) = std::mem::take(&mut target.choice) else {
+                continue;
+            };
+            let (sender, outcome) = oneshot::channel();
+            on_a_thread(Box::new(move || {
+                let result = take_out(pid, &prefilter.image, time_limit);
+                // A lock on its files says that they are in use.
+                drop(prefilter);
+                let _ = sender.send(result);
+            }));
+            outcomes.push((pid, outcome));
+        }
+        for (pid, outcome) in outcomes {
+            match outcome.await {
+                Ok(Ok(stopped)) => debug!(pid, ?stopped, "the prefilter is out"),
+                Ok(Err(error)) => warn!(pid, %error, "cannot take the prefilter out"),
+                Err(_) => warn!(pid, "no thread was left to take the prefilter out"),
+            }
+        }
+    }
+
+    /// Waits for what is being hooked, so that it can be taken out.
+    pub(super) async fn settle_hooking(&mut self) {
+        while self.targets.values().any(|target| target.is_hooking) {
+            // Twice what one may take: for stopping and for undoing.
+            let limit = 2 * self.options.attach_timeout + Duration::from_secs(1);
+            match tokio::time::timeout(limit, self.commands.recv()).await {
+                Ok(Some(Command::Hooked(hooked))) => self.hooked(*hooked),
+                // Who else asks hears that the tracer has ended.
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+}
+
+impl Target {
+    /// What the stubs have counted, for the present image.
+    pub(in crate::pipeline) fn refresh_stubs(&mut self) {
+        if let Choice::Prefilter(prefilter) = &self.choice {
+            let (totals, stats) = (prefilter.data.totals(), prefilter.data.stats());
+            if let Some(image) = self.images.last_mut() {
+                image.totals.set_stubs(totals);
+                image.stub_losses = StubLosses {
+                    unsharded: stats.unsharded,
+                    starved: stats.starved,
+                    overflowed: stats.overflowed_buckets,
+                };
+            }
+        }
+    }
+
+    /// The present image has ended, and its prefilter with it: what is left of that is
+    /// to be looked after by the caller.
+    pub(in crate::pipeline) fn end_stubs(&mut self) -> Option<Image> {
+        self.refresh_stubs();
+        if let Some(image) = self.images.last_mut() {
+            image.engine = Some(self.choice.engine());
+        }
+        match std::mem::take(&mut self.choice) {
+            Choice::Prefilter(prefilter) => Some(prefilter.image),
+            other => {
+                self.choice = other;
+                None
+            }
+        }
+    }
+}
+
+/// A function that is entered by a jump, as it is shown.
+fn hooked_site(module: &AllocatorModule, found: &FoundSite) -> ProbeSite {
+    const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    // Where indirect branches are checked, it stays the first instruction.
+    let is_marked = module
+        .code(found)
+        .is_ok_and(|code| code.starts_with(&ENDBR64));
+    let offset = if is_marked { ENDBR64.len() as u32 } else { 0 };
+    ProbeSite {
+        module: module.file.path.to_string_lossy().into_owned(),
+        function: found.function.symbol().to_owned(),
+        file_offset: found.file_offset.0.saturating_add(offset.into()),
+        offset,
+        instruction: "jmp".to_owned(),
+        emulated: true,
+    }
+}
