@@ -1,6 +1,10 @@
 //! Events into the ring.
 
-use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, maps::ring_buf::RingBufEntry};
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::bpf_ktime_get_ns,
+    maps::ring_buf::RingBufEntry,
+};
 use memprof_common::{
     events::{
         AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE,
@@ -10,6 +14,28 @@ use memprof_common::{
 };
 
 use crate::{hit::Hit, maps::EVENTS};
+
+/// How full the ring is, in bytes, when its reader is woken. Set by the loader; a constant
+/// to the verifier.
+#[unsafe(no_mangle)]
+static WAKE_BYTES: u64 = 0;
+
+/// How to send what the daemon must act on at once.
+const URGENT: u64 = BPF_RB_FORCE_WAKEUP as u64;
+
+/// How to send what can wait: the reader comes by itself, a few times a second, and is woken
+/// only if the ring might be full by then. A wake-up for each event would be most of what a
+/// sample costs its thread.
+#[inline(always)]
+fn unhurried() -> u64 {
+    // SAFETY: a valid static; volatile, since the loader changes it.
+    let wake_bytes = unsafe { (&raw const WAKE_BYTES).read_volatile() };
+    if EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >= wake_bytes {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        u64::from(BPF_RB_NO_WAKEUP)
+    }
+}
 
 /// Room for an alloc event, if there is any.
 #[inline(always)]
@@ -26,7 +52,7 @@ pub(crate) fn submit_alloc(mut event: RingBufEntry<AllocEvent>, key: &LiveKey, v
         key: *key,
         value: *value,
     });
-    event.submit(0);
+    event.submit(unhurried());
 }
 
 /// Sends a free event; false if there is no room.
@@ -41,7 +67,7 @@ pub(crate) fn free(key: &LiveKey, alloc_timestamp_ns: u64) -> bool {
         key: *key,
         alloc_timestamp_ns,
     });
-    event.submit(0);
+    event.submit(unhurried());
     true
 }
 
@@ -58,7 +84,7 @@ pub(crate) fn exec(pid: u32, epoch: u32, by_other_thread: bool, comm: [u8; COMM_
         by_other_thread: u32::from(by_other_thread),
         comm,
     });
-    event.submit(0);
+    event.submit(URGENT);
     true
 }
 
@@ -88,7 +114,7 @@ pub(crate) fn unknown_code(hit: &Hit, address: u64) {
         reserved: 0,
         address,
     });
-    event.submit(0);
+    event.submit(URGENT);
     // SAFETY: as above.
     unsafe { told_ns.write_volatile(now) };
 }

@@ -32,6 +32,10 @@ use super::{
 /// The object that `cargo xtask ebpf` builds and `build.rs` vouches for.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MEMPROF_BPF_OBJECT"));
 
+/// The daemon is woken when this share of the ring is in use: the rest is for what comes
+/// until it has a CPU.
+const WAKE_SHARE: u64 = 8;
+
 /// How large the maps are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -186,6 +190,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, false)
         .override_global("HAS_LOOP", &u8::from(walker == Walker::Loop), true)
+        .override_global("WAKE_BYTES", &(u64::from(sizes.ring_bytes) / WAKE_SHARE), true)
         .override_global("COPY_STACKS", &u8::from(copy_stacks), true)
         .map_max_entries("STACK_COPIES", copies_bytes)
         .map_max_entries("EVENTS", sizes.ring_bytes)

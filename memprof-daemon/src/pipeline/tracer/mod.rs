@@ -356,6 +356,8 @@ impl Tracer {
     /// The regular round.
     fn look_after(&mut self, slow: bool) {
         self.drain_mmap_events();
+        // BPF wakes the reader of the ring for little.
+        self.drain_ring();
         self.refill();
         if slow {
             // Reads the whole live map: not at every tick while events get lost.
