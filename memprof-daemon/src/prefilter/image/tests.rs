@@ -8,4 +8,5 @@ mod rig;
 mod sampling;
 mod set;
 mod signals;
+mod speed;
 mod threads;

@@ -181,6 +181,12 @@ memprof_stub_exit:
     push %r8
     push %r9
     # {SITE_FRAME_OFFSET}(%rsp): the frame, from here on.
+    # A signal handler may have forked inside the real function: then it was the parent
+    # that has begun the call.
+    movabs $0x1122334455667788, %rdx
+    memprof_patch {ENABLED_ADDRESS}, 8
+    cmpq $0, (%rdx)
+    je 5f
     testl ${FRAME_STORES}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
     jz 1f
     test %eax, %eax                     # an int: the upper half is anything

@@ -267,3 +267,30 @@ fn a_forked_child_is_not_counted() {
     rig.malloc(10);
     assert_eq!(rig.totals().0, 2, "the parent goes on");
 }
+
+/// Check that a child that is forked inside a sampled call, as by a signal handler there,
+/// returns from it without writing, and the parent with all that is due.
+#[test]
+fn a_call_that_forks_is_the_parents() {
+    extern "C" fn forks() -> u64 {
+        // SAFETY: the child returns through the stub, and leaves.
+        u64::from(unsafe { libc::fork() }.unsigned_abs()) << 4
+    }
+    let functions = [(Function::Realloc, (forks as *const ()).expose_provenance())];
+    let rig = Rig::new(&functions);
+    rig.fill(&[(1, 512), (1 << 40, 512)]);
+    let result = rig.realloc(0x1000, 10);
+    if result == 0 {
+        // To the child the call has failed. SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(!hits().is_empty()) + 10 * i32::from(rig.totals().2 != 1)) };
+    }
+    let mut status = -1;
+    let child = (result >> 4) as i32;
+    // SAFETY: waits for the child that was just made.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0, "10: the child has taken the free back");
+    assert_eq!(hits().len(), 1);
+    assert_eq!(rig.totals(), (1, 10, 1));
+    assert_eq!(rig.set(), [result]);
+    assert_eq!(rig.call_frame(), None);
+}

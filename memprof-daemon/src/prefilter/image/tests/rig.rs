@@ -13,7 +13,7 @@ use std::{
 use memprof_common::{
     function::Function,
     prefilter::{
-        ASLEEP, HEADER_CREDIT, HEADER_GENERATION, HEADER_RING_HEAD, HEADER_RING_TAIL,
+        ASLEEP, BUCKET_BYTES, HEADER_CREDIT, HEADER_GENERATION, HEADER_RING_HEAD, HEADER_RING_TAIL,
         HEADER_STARVED, HEADER_UNSHARDED, PRIVATE_CALL, PRIVATE_OWNER, RING_ENTRIES,
         RING_ENTRY_BYTES, SHARD_BYTES, SHARD_BYTES_ASKED, SHARD_CALL_CLASSES, SHARD_CALLS,
         SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, SITE_FRAME_OFFSET,
@@ -153,6 +153,18 @@ impl Rig {
         found.unwrap().1
     }
 
+    /// A function as it was before, at another address.
+    pub(super) fn copy_of(&self, function: Function) -> usize {
+        let at = self.function(function);
+        let patch = self.image.patches.iter().find(|p| p.address == at as u64);
+        let copy = at + FAKE_BYTES / 2;
+        let original = ptr::with_exposed_provenance::<[u8; FAKE_BYTES / 2]>(at);
+        // SAFETY: within the code of the rig; the copy is behind the function.
+        write(copy, &unsafe { original.read() });
+        write(copy, &patch.unwrap().original);
+        copy
+    }
+
     pub(super) fn malloc(&self, size: u64) -> u64 {
         call(self.function(Function::Malloc), [size, 0, 0])
     }
@@ -199,6 +211,21 @@ impl Rig {
         let mut words = self.words(self.geometry.buckets_offset()..self.geometry.shards_offset());
         words.retain(|&address| address != 0);
         words
+    }
+
+    /// As [`Self::set`], of the buckets that are said to be occupied: faster.
+    pub(super) fn counted_set(&self) -> Vec<u64> {
+        let occupancy = self.geometry.occupancy_offset();
+        let words = self.words(occupancy..self.geometry.buckets_offset());
+        let eights = words.iter().enumerate().filter(|&(_, &eight)| eight != 0);
+        let mut set: Vec<u64> = eights
+            .flat_map(|(eight, _)| {
+                let start = self.geometry.buckets_offset() + eight * 8 * BUCKET_BYTES;
+                self.words(start..start + 8 * BUCKET_BYTES)
+            })
+            .collect();
+        set.retain(|&address| address != 0);
+        set
     }
 
     /// Sum of the counts of all occupancy bytes; they must all be without overflow.

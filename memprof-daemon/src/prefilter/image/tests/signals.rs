@@ -127,7 +127,7 @@ fn at_each_step(
             }
         }
         told.sort_unstable();
-        let mut set = rig.set();
+        let mut set = rig.counted_set();
         set.sort_unstable();
         assert_eq!(set, told, "{context}");
         assert_eq!(rig.occupied(), set.len(), "{context}");
@@ -209,7 +209,7 @@ fn in_failing_realloc() {
         let rig = fakes::small_rig_with_gaps(&[1, 1, 1 << 40]);
         let arguments = prepare(&rig);
         let interrupted = interrupt(&rig, Function::Realloc, arguments, step);
-        assert_eq!(rig.set(), [arguments[0]], "step {step}");
+        assert_eq!(rig.counted_set(), [arguments[0]], "step {step}");
         assert_eq!(rig.occupied(), 1, "step {step}");
         assert_eq!(rig.totals().2, 0, "step {step}");
         assert_eq!(rig.call_frame(), None, "step {step}");
