@@ -8,5 +8,6 @@ mod rig;
 mod sampling;
 mod set;
 mod signals;
+mod sites;
 mod speed;
 mod threads;

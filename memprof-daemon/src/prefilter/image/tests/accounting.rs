@@ -4,7 +4,8 @@ use memprof_common::{function::Function, prefilter::SHARD_PROBES};
 
 use super::{
     fakes,
-    rig::{GEOMETRY, NEVER, Rig, call, hits, thread_pointer},
+    rig::{GEOMETRY, NEVER, Rig, call, thread_pointer},
+    sites::hits,
 };
 use crate::prefilter::image::MallocNests;
 

@@ -9,7 +9,8 @@ use memprof_common::{
 
 use super::{
     fakes,
-    rig::{GEOMETRY, Rig, hits, thread_pointer},
+    rig::{GEOMETRY, Rig, thread_pointer},
+    sites::hits,
 };
 use crate::prefilter::image::MallocNests;
 

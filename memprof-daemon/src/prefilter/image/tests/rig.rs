@@ -1,13 +1,8 @@
-//! An image in this process: fake allocator functions, patched to enter it, its data, and
-//! breakpoints at its sites.
+//! An image in this process: fake allocator functions, patched to enter it, and its data.
 
 use std::{
-    cell::RefCell,
     ptr,
-    sync::{
-        Once, RwLock,
-        atomic::{AtomicI64, AtomicU64, Ordering::SeqCst},
-    },
+    sync::atomic::{AtomicI64, AtomicU64, Ordering::SeqCst},
 };
 
 use memprof_common::{
@@ -16,12 +11,12 @@ use memprof_common::{
         ASLEEP, BUCKET_BYTES, HEADER_CREDIT, HEADER_GENERATION, HEADER_RING_HEAD, HEADER_RING_TAIL,
         HEADER_STARVED, HEADER_UNSHARDED, PRIVATE_CALL, PRIVATE_OWNER, RING_ENTRIES,
         RING_ENTRY_BYTES, SHARD_BYTES, SHARD_BYTES_ASKED, SHARD_CALL_CLASSES, SHARD_CALLS,
-        SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, SITE_FRAME_OFFSET,
-        SiteFrame, SiteKind, bucket_of, home_shard,
+        SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, bucket_of, home_shard,
     },
 };
 
 use super::super::{CodeImage, MallocNests, assemble_for};
+use super::sites;
 use crate::prefilter::{hooks::Hook, layout::Geometry, relocate::displace};
 
 /// Small tables.
@@ -35,33 +30,6 @@ pub(super) const NEVER: u64 = 1 << 45;
 const CODE_BYTES: usize = 1 << 20;
 const IMAGE_OFFSET: usize = CODE_BYTES / 2;
 const FAKE_BYTES: usize = 1024;
-
-/// What a site showed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Hit {
-    pub(super) kind: SiteKind,
-    pub(super) rdi: u64,
-    pub(super) rbp: u64,
-    /// Address of the frame.
-    pub(super) frame_at: u64,
-    /// At [`SiteKind::Alloc`] and [`SiteKind::Restore`].
-    pub(super) frame: SiteFrame,
-}
-
-thread_local! {
-    static HITS: RefCell<Vec<Hit>> = const { RefCell::new(Vec::new()) };
-}
-static SITES: RwLock<Vec<(u64, SiteKind)>> = RwLock::new(Vec::new());
-
-/// What this thread has hit since it last asked.
-pub(super) fn hits() -> Vec<Hit> {
-    HITS.with_borrow_mut(std::mem::take)
-}
-
-/// The kinds of [`hits`].
-pub(super) fn kinds() -> Vec<SiteKind> {
-    hits().iter().map(|hit| hit.kind).collect()
-}
 
 /// The image, mapped, and the functions that enter it.
 pub(super) struct Rig {
@@ -127,7 +95,9 @@ impl Rig {
         for patch in &image.patches {
             write(patch.address as usize, &patch.jump);
         }
-        watch(code + IMAGE_OFFSET, &image);
+        for site in sites::watch(code + IMAGE_OFFSET, &image) {
+            write(site, &[0xcc]);
+        }
         let rig = Self {
             code,
             data,
@@ -361,8 +331,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        let sites = (self.code as u64)..(self.code + CODE_BYTES) as u64;
-        SITES.write().unwrap().retain(|(at, _)| !sites.contains(at));
+        sites::forget(self.code as u64..(self.code + CODE_BYTES) as u64);
         // SAFETY: both were mapped by `new`, and nothing borrowed outlives `self`.
         unsafe {
             libc::munmap(ptr::with_exposed_provenance_mut(self.code), CODE_BYTES);
@@ -453,53 +422,4 @@ fn write(at: usize, bytes: &[u8]) {
             bytes.len(),
         );
     }
-}
-
-/// Puts breakpoints at an image's sites.
-fn watch(at: usize, image: &CodeImage) {
-    static HANDLER: Once = Once::new();
-    HANDLER.call_once(|| super::signals::handle(libc::SIGTRAP, on_trap));
-    for &(kind, offset) in &image.sites {
-        let site = at + offset as usize;
-        assert_eq!(image.bytes[offset as usize], 0x90);
-        SITES.write().unwrap().push((site as u64, kind));
-        write(site, &[0xcc]);
-    }
-}
-
-extern "C" fn on_trap(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel has written both.
-    let (code, registers) = unsafe {
-        let context = &mut *context.cast::<libc::ucontext_t>();
-        ((*info).si_code, &mut context.uc_mcontext.gregs)
-    };
-    if code == libc::TRAP_TRACE {
-        super::signals::on_step(registers);
-        return;
-    }
-    let register = |index: i32| registers[index as usize].cast_unsigned();
-    let site = register(libc::REG_RIP) - 1;
-    let kind = SITES
-        .read()
-        .unwrap()
-        .iter()
-        .find_map(|&(at, kind)| (at == site).then_some(kind))
-        .expect("a breakpoint of ours");
-    let frame_at = register(libc::REG_RSP) + SITE_FRAME_OFFSET;
-    let has_frame = matches!(kind, SiteKind::Alloc | SiteKind::Restore);
-    let frame = if has_frame {
-        // SAFETY: the stubs have a frame there at these sites.
-        unsafe { *ptr::with_exposed_provenance::<SiteFrame>(frame_at as usize) }
-    } else {
-        SiteFrame::default()
-    };
-    HITS.with_borrow_mut(|hits| {
-        hits.push(Hit {
-            kind,
-            rdi: register(libc::REG_RDI),
-            rbp: register(libc::REG_RBP),
-            frame_at,
-            frame,
-        });
-    });
 }

@@ -11,7 +11,8 @@ use memprof_common::{
 
 use super::{
     fakes,
-    rig::{Rig, call, hits},
+    rig::{Rig, call},
+    sites::hits,
 };
 
 /// Check that gaps are used in their order, that the call which reaches the end of one is

@@ -7,7 +7,8 @@ use memprof_common::{
 
 use super::{
     fakes,
-    rig::{GEOMETRY, Rig, call, hits, kinds, thread_pointer},
+    rig::{GEOMETRY, Rig, call, thread_pointer},
+    sites::{hits, kinds},
 };
 
 /// Check that the free of a sampled block hits its site, once, and that of others does

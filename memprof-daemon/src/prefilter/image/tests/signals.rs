@@ -6,7 +6,8 @@ use memprof_common::{function::Function, prefilter::SiteKind};
 
 use super::{
     fakes,
-    rig::{Rig, call, hits, thread_pointer},
+    rig::{Rig, call, thread_pointer},
+    sites::hits,
 };
 
 /// A handler as the kernel calls it.
@@ -48,7 +49,11 @@ pub(super) fn on_step(registers: &mut [libc::greg_t; 23]) {
     };
     // SAFETY: the test that has made the plan holds the rig, on this very thread.
     let rig = unsafe { &*plan.rig };
-    if plan.nested.is_some() || !rig.is_code(at) {
+    if plan.nested.is_some() {
+        registers[libc::REG_EFL as usize] &= !0x100;
+        return;
+    }
+    if !rig.is_code(at) {
         return;
     }
     if plan.left > 0 {

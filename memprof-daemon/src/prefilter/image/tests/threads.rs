@@ -12,7 +12,8 @@ use memprof_common::prefilter::{RING_ENTRIES, SiteKind};
 
 use super::{
     fakes,
-    rig::{Rig, call, hits},
+    rig::{Rig, call},
+    sites::hits,
 };
 
 const THREADS: u64 = 8;
