@@ -167,20 +167,27 @@ fn a_call_left_by_longjmp_is_forgotten() {
         ],
     );
     rig.fill(&[(NEVER, 512)]);
-    rig.calloc(1, 8);
-    let stale = rig.call_frame();
-    assert!(stale.is_some(), "it has not returned");
-    rig.malloc(8);
-    rig.free(0x1000);
-    assert_eq!(rig.totals(), (2, 16, 1));
-    call(rig.function(Function::Valloc), [8, 0, 0]);
-    assert_eq!(
-        rig.call_frame(),
-        None,
-        "a call took its place and has returned"
-    );
-    rig.malloc(8);
-    assert_eq!(rig.totals(), (4, 32, 1));
+    // All from one place, so that their frames are at the same one.
+    let expected = [
+        (Function::Calloc, (1, 8, 0)),
+        (Function::Malloc, (2, 16, 0)),
+        (Function::Free, (2, 16, 1)),
+        (Function::Valloc, (3, 24, 1)),
+        (Function::Malloc, (4, 32, 1)),
+    ];
+    for (function, totals) in expected {
+        let arguments = if function == Function::Calloc {
+            [1, 8, 0]
+        } else {
+            [8, 0, 0]
+        };
+        call(rig.function(function), arguments);
+        assert_eq!(rig.totals(), totals, "{function:?}");
+        if function == Function::Calloc {
+            assert!(rig.call_frame().is_some(), "it has not returned");
+        }
+    }
+    assert_eq!(rig.call_frame(), None, "valloc took its place");
 }
 
 /// Check that a thread whose home is taken finds another shard, and is counted there.

@@ -117,6 +117,20 @@ fn a_failed_call_is_no_sample() {
     assert_eq!(rig.call_frame(), None);
 }
 
+/// Check that an impossible size uses up the gap in force, and that one only.
+#[test]
+fn an_impossible_size_takes_one_gap() {
+    for size in [1 << 47, 1 << 62, u64::MAX] {
+        let rig = fakes::rig_with_gaps(&[100, 1 << 40, 1 << 40]);
+        rig.malloc(1);
+        fakes::fail(true);
+        rig.malloc(size);
+        fakes::fail(false);
+        assert_eq!(rig.gaps(), 1, "{size:x}");
+        assert_eq!(rig.countdown().load(SeqCst), 1 << 40, "{size:x}");
+    }
+}
+
 /// Check that an empty ring leaves the decision to BPF as long as there is credit, call by
 /// call, and that gaps are taken as soon as there are some.
 #[test]
