@@ -50,8 +50,6 @@ pub(super) struct Generator<'a> {
     counted_until: usize,
     marks: u64,
     poison: Option<usize>,
-    /// The first behind `endbr64`.
-    entry: usize,
 }
 
 impl<'a> Generator<'a> {
@@ -68,7 +66,6 @@ impl<'a> Generator<'a> {
             counted_until: 0,
             marks: 0,
             poison: None,
-            entry: 0,
         }
     }
 
@@ -77,7 +74,6 @@ impl<'a> Generator<'a> {
         const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
         if self.one_in(3) {
             self.push(ENDBR64);
-            self.entry = 1;
         }
         match self.random.below(40) {
             0 => self.thunk(),
@@ -206,9 +202,9 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// A loop, which can begin at the entry: `rcx` is small there.
+    /// A loop, which can begin within the first instructions: `rcx` is small at the entry.
     fn repeated(&mut self) {
-        if self.items.len() != self.entry {
+        if self.written & (1 << RCX) != 0 || self.one_in(4) {
             let count = 1 + self.random.below(9) as u8;
             self.push([0xb9, count, 0, 0, 0]);
             self.note_written(RCX);
