@@ -204,6 +204,26 @@ fn change_of(status: c_int) -> Change {
     }
 }
 
+/// Takes note of the end of a traced thread that has ended, also for another thread of
+/// ours that traces it. Whether there is nothing more to wait for.
+pub(super) fn reap_if_ended(tid: u32) -> bool {
+    match has_ended(tid) {
+        Ok(true) => {
+            // SAFETY: nothing is written. An end is final: this takes no stop from anyone.
+            unsafe {
+                libc::waitpid(
+                    tid.cast_signed(),
+                    std::ptr::null_mut(),
+                    libc::__WALL | libc::WNOHANG,
+                );
+            }
+            true
+        }
+        Ok(false) => false,
+        Err(_) => true,
+    }
+}
+
 /// Whether the process has ended; its status stays for its parent.
 fn has_ended(pid: u32) -> Result<bool, Errno> {
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;

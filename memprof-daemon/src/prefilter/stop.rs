@@ -19,7 +19,7 @@ use super::{
     remote, restart, sharing,
     step::{self, Step},
     stop_error::{StopError, tracer_of},
-    tracer::Tracer,
+    tracer::{Traced, Tracer},
     within,
 };
 use crate::process::{
@@ -63,6 +63,7 @@ pub struct Stopped {
     begun: Instant,
     pub(super) deadline: Instant,
     pub(super) gadgets: Option<Gadgets>,
+    traced: Traced,
     /// Bound to the thread of the [`Tracer`].
     not_elsewhere: PhantomData<*const ()>,
 }
@@ -82,7 +83,11 @@ impl Stopped {
         while lists_without_new < 2 {
             let mut has_new = false;
             for tid in threads_of(pid)? {
-                if !stopped.has(tid) && !passed_over.contains(&tid) {
+                // The first thread's id goes to one that makes execve(2), so what has been
+                // passed over as a zombie may live.
+                let is_known =
+                    stopped.has(tid) || (passed_over.contains(&tid) && runs_no_code(tid));
+                if !is_known {
                     has_new = true;
                     if !stopped.ask(tid)? {
                         passed_over.push(tid);
@@ -90,6 +95,9 @@ impl Stopped {
                 }
             }
             passed_over.extend(stopped.wait()?);
+            if Instant::now() > deadline {
+                return Err(StopError::does_not_stop(pid, stopped.any_tid()));
+            }
             lists_without_new = if has_new { 0 } else { lists_without_new + 1 };
         }
         stopped.check()?;
@@ -148,14 +156,14 @@ impl Stopped {
         Ok(stopped)
     }
 
-    fn begin(_: &Tracer, pid: u32, deadline: Instant) -> Result<Self, StopError> {
-        if let Some((tracer_pid, tracer)) = tracer_of(pid)
+    fn begin(tracer: &Tracer, pid: u32, deadline: Instant) -> Result<Self, StopError> {
+        if let Some((tracer_pid, name)) = tracer_of(pid)
             && tracer_pid != own_tid()
         {
             return Err(StopError::Traced {
                 pid,
                 tracer_pid,
-                tracer,
+                tracer: name,
             });
         }
         Ok(Self {
@@ -165,6 +173,7 @@ impl Stopped {
             is_held: false,
             // Reads code, so before anything stops.
             gadgets: Gadgets::find(living_thread(pid)?)?,
+            traced: tracer.traced.clone(),
             begun: Instant::now(),
             deadline,
             not_elsewhere: PhantomData,
@@ -177,16 +186,33 @@ impl Stopped {
 
     /// Asks a thread to stop. False if it need not: it ends, or is the kernel's.
     fn ask(&mut self, tid: u32) -> Result<bool, StopError> {
-        match ptrace::seize(tid) {
-            Ok(()) => {}
-            Err(Errno::ESRCH) => return Ok(false),
-            Err(Errno::EPERM) if runs_no_code(tid) => return Ok(false),
-            // Already ours: it has made execve(2) and got the id of the first thread.
-            Err(Errno::EPERM) if tracer_of(tid).is_some_and(|(tracer, _)| tracer == own_tid()) => {}
-            Err(Errno::EPERM | Errno::EACCES) => return Err(StopError::forbidden(self.pid, tid)),
-            Err(error) => return Err(StopError::trace(self.pid, tid, "trace it", error)),
+        let mut refused = 0;
+        loop {
+            match ptrace::seize(tid) {
+                Ok(()) => break,
+                Err(Errno::ESRCH) => return Ok(false),
+                Err(Errno::EPERM) if runs_no_code(tid) => return Ok(false),
+                // Already ours: it has made execve(2) and got the id of the first thread.
+                Err(Errno::EPERM)
+                    if tracer_of(tid).is_some_and(|(tracer, _)| tracer == own_tid()) =>
+                {
+                    break;
+                }
+                // It may have been the first thread, ended, and be another by now.
+                Err(Errno::EPERM) if refused < 3 => {
+                    refused += 1;
+                    thread::sleep(LONGEST_PAUSE);
+                }
+                Err(Errno::EPERM | Errno::EACCES) => {
+                    return Err(StopError::forbidden(self.pid, tid));
+                }
+                Err(error) => return Err(StopError::trace(self.pid, tid, "trace it", error)),
+            }
         }
         self.stopping.push(tid);
+        if tid != self.pid {
+            self.traced.add(tid);
+        }
         step::done(Step::Seized);
         match ptrace::interrupt(tid) {
             Ok(()) | Err(Errno::ESRCH) => {}
@@ -213,6 +239,7 @@ impl Stopped {
                 }
             }
             if begun.elapsed() > GRACE {
+                self.forget_the_dead()?;
                 let (no_code, stopping) = mem::take(&mut self.stopping)
                     .into_iter()
                     .partition(|&tid| runs_no_code(tid));
@@ -228,6 +255,21 @@ impl Stopped {
             thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Takes note of threads that have been killed as they stood: one that makes execve(2)
+    /// kills the others, and waits until their tracer knows.
+    fn forget_the_dead(&mut self) -> Result<(), StopError> {
+        let pid = self.pid;
+        let mut dead = Vec::new();
+        for thread in &self.threads {
+            let failed = |error| StopError::trace(pid, thread.tid, "wait for it", error);
+            if ptrace::change(pid, thread.tid).map_err(failed)? == Some(Change::Gone) {
+                dead.push(thread.tid);
+            }
+        }
+        self.threads.retain(|thread| !dead.contains(&thread.tid));
+        Ok(())
     }
 
     /// Whether `tid` is through with stopping: it stands still, or is no more.
@@ -414,6 +456,7 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
+        self.traced.clear();
         if let Err(error) = self.let_go() {
             tracing::warn!(%error, "let go when the tracing thread ends");
         }

@@ -5,20 +5,66 @@
 //! vfork) cannot be let go either: it would stop for nobody, later. The kernel lets go of
 //! everything a thread traces when that thread ends. So tracing is done on a thread made
 //! for it, which ends with it.
+//!
+//! The thread that waits for it meanwhile takes note of traced threads that end. The tracing
+//! one could not always: `PTRACE_SEIZE` waits while the process makes execve(2), which waits
+//! until the tracer of its other threads knows of their end (kernel/ptrace.c and fs/exec.c,
+//! `cred_guard_mutex` and `de_thread`).
 
-use std::{io, marker::PhantomData, panic, thread};
+use std::{
+    io,
+    marker::PhantomData,
+    panic,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use super::ptrace;
+
+/// Between two looks at traced threads that may have ended.
+const WATCH: Duration = Duration::from_millis(1);
+
+/// The threads that are traced now, but not the first of a process, whose end is told to
+/// its parent.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Traced(Arc<Mutex<Vec<u32>>>);
+
+impl Traced {
+    pub(super) fn add(&self, tid: u32) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(tid);
+    }
+
+    pub(super) fn clear(&self) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
+    fn take_note_of_ended(&self) {
+        let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.retain(|&tid| !ptrace::reap_if_ended(tid));
+    }
+}
 
 /// The right to trace, on this thread.
 #[derive(Debug)]
 pub struct Tracer {
+    pub(super) traced: Traced,
     /// Neither `Send` nor `Sync`.
     not_elsewhere: PhantomData<*const ()>,
 }
 
 impl Tracer {
     /// For the thread that holds a process by ptrace already, and goes on doing so.
-    pub(crate) const fn that_holds() -> Self {
+    pub(crate) fn that_holds() -> Self {
         Self {
+            // One thread, the first of its process.
+            traced: Traced::default(),
             not_elsewhere: PhantomData,
         }
     }
@@ -34,16 +80,23 @@ impl Tracer {
 ///
 /// If `work` does.
 pub fn with_tracer<T: Send>(work: impl FnOnce(&Tracer) -> T + Send) -> io::Result<T> {
+    let traced = Traced::default();
+    let watched = traced.clone();
     thread::scope(|scope| {
-        let run = || {
+        let run = move || {
             hurry();
             work(&Tracer {
+                traced,
                 not_elsewhere: PhantomData,
             })
         };
         let thread = thread::Builder::new()
             .name("memprof-tracer".to_owned())
             .spawn_scoped(scope, run)?;
+        while !thread.is_finished() {
+            watched.take_note_of_ended();
+            thread::park_timeout(WATCH);
+        }
         Ok(thread
             .join()
             .unwrap_or_else(|panic| panic::resume_unwind(panic)))

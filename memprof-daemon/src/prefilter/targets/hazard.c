@@ -121,6 +121,12 @@ static int confined(int nr) {
     while (!is_over()) counter++;
     return 0;
 }
+/* The whole program anew, from a thread that is not its first. */
+static void *execs(void *unused) {
+    usleep(3000);
+    execl("/proc/self/exe", "memprof-hazard", "exec", "1", NULL);
+    return unused;
+}
 /* Ends with the other, and holds none of its files open. */
 static int in_clone(void *unused) {
     (void)unused;
@@ -156,6 +162,13 @@ int main(int argc, char **argv) {
     if (IS("signals")) return signals();
     if (IS("confined")) return confined(SYS_memfd_create);
     if (IS("uring")) return uring();
+    if (IS("exec")) {
+        if (!threads) ready();
+        if (is_over()) return 0;
+        for (int i = 0; i < 3; i++) pthread_create(&thread, NULL, sleeper, NULL);
+        pthread_create(&thread, NULL, execs, NULL);
+        for (;;) pause();
+    }
     if (IS("vfork")) {
         ready();
         if (vfork() == 0) { struct timespec t = {2, 0}; nanosleep(&t, NULL); _exit(0); }
