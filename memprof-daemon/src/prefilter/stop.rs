@@ -512,3 +512,7 @@ fn threads_of(pid: u32) -> Result<Vec<u32>, StopError> {
 #[cfg(test)]
 #[path = "stop_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "refusal_tests.rs"]
+mod refusal_tests;
