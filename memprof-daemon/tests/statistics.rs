@@ -1,31 +1,30 @@
 //! The estimates as estimates: sampler, weights, books and intervals together,
-//! over repetitions with fixed seeds.
+//! over repetitions with fixed seeds. Both engines are held to the same.
 //!
 //! `cargo test -p memprof-daemon --test statistics -- --nocapture` prints the
 //! tables of `docs/sampling.md`, and fails if they are others than printed there.
 
+#[path = "statistics/engine.rs"]
+mod engine;
+
+use engine::Engine;
 use memprof::{
     interval::{Interval, interval_95},
     ledger::{Ledger, StackCounters},
     sample::{AllocKey, AllocSample, FreeSample, ImageId, StackId},
 };
-use memprof_common::{
-    function::Function,
-    random::{Draws, Stream},
-    sampler::should_sample,
-    stack::StackKey,
-    totals::{SIZE_CLASSES, size_class},
-};
+use memprof_common::{function::Function, stack::StackKey};
 
 /// Mean gap between samples, but for single bytes.
 const INTERVAL: u64 = 4096;
 
-/// CPUs that allocate in turn.
-const CPUS: usize = 2;
-
 /// Repetitions of each case: the share of intervals that hold the truth is then
 /// known to two thirds of a percent.
 const REPETITIONS: u32 = 1200;
+
+/// As [`REPETITIONS`], where that share is held to two percent in both engines: then it
+/// is known to a third of a percent.
+const COVER_REPETITIONS: u32 = 4000;
 
 /// How far a mean may be from what it estimates. With 30 means one run in
 /// 50,000 would fail by chance, if seeds were not fixed.
@@ -106,24 +105,14 @@ impl Case {
     }
 
     /// What the books say after all of it has happened.
-    fn run(&self, random: &mut Random) -> StackCounters {
+    fn run(&self, engine: Engine, random: &mut Random) -> StackCounters {
         let mut ledger = Ledger::new();
         let seed = u64::from(random.draw()) << 32 | u64::from(random.draw());
-        let mut calls = [[0; SIZE_CLASSES]; CPUS];
+        let mut sampler = engine.start(seed);
         for (place, &size_bytes) in self.sizes.iter().enumerate() {
-            // As BPF draws: by CPU and class, by what each has counted.
-            let (cpu, class) = (place / 3 % CPUS, size_class(size_bytes));
-            let stream = Stream {
-                seed,
-                epoch: 0,
-                cpu: cpu as u32,
-                class,
-            };
-            let mut draws = Draws::new(stream, calls[cpu][class]);
-            calls[cpu][class] += 1;
-            if !should_sample(size_bytes, self.interval, || draws.draw()) {
+            let Some(sample_interval_bytes) = sampler.sample(size_bytes, self.interval) else {
                 continue;
-            }
+            };
             let sample = AllocSample {
                 key: AllocKey {
                     image: ImageId { pid: 1, epoch: 0 },
@@ -131,7 +120,7 @@ impl Case {
                 },
                 timestamp_ns: place as u64,
                 size_bytes,
-                sample_interval_bytes: self.interval,
+                sample_interval_bytes,
                 stack: StackId::first(StackKey::UNKNOWN),
                 function: Function::Malloc,
                 restored: false,
@@ -205,11 +194,11 @@ impl Coverage {
 
 /// Coverages of bytes allocated, of bytes in use, and of bytes allocated where
 /// there was a sample at all.
-fn coverages(case: &Case, seed: u64) -> [f64; 3] {
+fn coverages(engine: Engine, case: &Case, seed: u64, repetitions: u32) -> [f64; 3] {
     let mut random = Random::new(seed);
     let mut coverages: [Coverage; 3] = Default::default();
-    for _ in 0..REPETITIONS {
-        let counters = case.run(&mut random);
+    for _ in 0..repetitions {
+        let counters = case.run(engine, &mut random);
         // A stack without samples is in no profile; its interval is the one of
         // a process without samples.
         let coarsest = counters.coarsest_interval_bytes.max(case.interval);
@@ -239,13 +228,19 @@ fn row(cells: &[String]) {
 /// bias, for every distribution.
 #[test]
 fn estimates_are_unbiased() {
+    for engine in Engine::ALL {
+        estimates_of(engine);
+    }
+}
+
+fn estimates_of(engine: Engine) {
     for (number, case) in cases(30.0).iter().enumerate() {
         let mut random = Random::new(100 + number as u64);
         let repetitions = f64::from(REPETITIONS);
         let (mut bytes, mut objects, mut inuse) = (0.0, 0.0, 0.0);
         let (mut variance, mut variance_squared) = (0.0, 0.0);
         for _ in 0..REPETITIONS {
-            let counters = case.run(&mut random);
+            let counters = case.run(engine, &mut random);
             bytes += counters.alloc_bytes / repetitions;
             objects += counters.alloc_objects / repetitions;
             inuse += counters.inuse_bytes() / repetitions;
@@ -269,7 +264,7 @@ fn estimates_are_unbiased() {
             let sigma = (its_variance / repetitions).sqrt();
             assert!(
                 (mean - truth).abs() <= SIGMAS * sigma,
-                "{}: mean {what} {mean} is {:.1} sigmas from {truth}",
+                "{engine:?}, {}: mean {what} {mean} is {:.1} sigmas from {truth}",
                 case.name,
                 (mean - truth) / sigma
             );
@@ -282,19 +277,19 @@ fn estimates_are_unbiased() {
 #[test]
 fn intervals_cover() {
     for (number, case) in cases(50.0).iter().enumerate() {
-        let [alloc, inuse, _] = coverages(case, 200 + number as u64);
-        row(&[
-            case.name.to_owned(),
-            format!("{alloc:.1}%"),
-            format!("{inuse:.1}%"),
-        ]);
-        for (what, coverage) in [("allocated", alloc), ("in use", inuse)] {
-            assert!(
-                (93.0..=97.0).contains(&coverage),
-                "{}, {what}: {coverage}%",
-                case.name
-            );
+        let mut cells = vec![case.name.to_owned()];
+        for engine in Engine::ALL {
+            let [alloc, inuse, _] = coverages(engine, case, 200 + number as u64, COVER_REPETITIONS);
+            for (what, coverage) in [("allocated", alloc), ("in use", inuse)] {
+                assert!(
+                    (93.0..=97.0).contains(&coverage),
+                    "{engine:?}, {}, {what}: {coverage}%",
+                    case.name
+                );
+                cells.push(format!("{coverage:.1}%"));
+            }
         }
+        row(&cells);
     }
 }
 
@@ -306,7 +301,7 @@ fn intervals_of_few_samples() {
         let mut low_high = [[100.0_f64, 0.0_f64]; 2];
         for (place, case) in cases(samples).iter().enumerate() {
             let seed = 300 + 10 * number as u64 + place as u64;
-            let [alloc, _, seen] = coverages(case, seed);
+            let [alloc, _, seen] = coverages(Engine::Uprobe, case, seed, REPETITIONS);
             for (range, coverage) in low_high.iter_mut().zip([alloc, seen]) {
                 *range = [range[0].min(coverage), range[1].max(coverage)];
             }
@@ -323,9 +318,19 @@ fn intervals_of_few_samples() {
 #[test]
 fn certain_and_exact() {
     let large = Case::new("64 R", INTERVAL, 5.0, |_| 64 * INTERVAL);
-    assert_eq!(coverages(&large, 400)[0], 100.0);
     let exact = Case::new("exact", 1, 100.0, |place| place as u64);
-    let counters = exact.run(&mut Random::new(1));
-    let interval = interval_95(counters.alloc_bytes, counters.alloc_variance, 1);
-    assert_eq!((interval.low, interval.high), (5050.0, 5050.0));
+    for engine in Engine::ALL {
+        assert_eq!(
+            coverages(engine, &large, 400, REPETITIONS)[0],
+            100.0,
+            "{engine:?}"
+        );
+        let counters = exact.run(engine, &mut Random::new(1));
+        let interval = interval_95(counters.alloc_bytes, counters.alloc_variance, 1);
+        assert_eq!(
+            (interval.low, interval.high),
+            (5050.0, 5050.0),
+            "{engine:?}"
+        );
+    }
 }
