@@ -39,4 +39,6 @@ mod victim;
 mod within;
 
 #[cfg(test)]
+mod death_tests;
+#[cfg(test)]
 mod testing;
