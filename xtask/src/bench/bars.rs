@@ -12,11 +12,14 @@ pub(super) const MB: f64 = 1e6;
 
 /// The pair and malloc tables, by their places in [`super::pair::VARIANTS`].
 const ONE_THREAD: usize = 0;
+const ALL_CORES: usize = 1;
 const MALLOC_ALONE: usize = 2;
 
 /// All bars.
 pub(super) fn bars(report: &Report) -> Vec<Bar> {
-    let mut bars = vec![
+    let mut bars = vec![added(report, ONE_THREAD), added(report, ALL_CORES)];
+    bars.extend(programs(report));
+    bars.extend([
         over_floor(
             report,
             ONE_THREAD,
@@ -29,7 +32,7 @@ pub(super) fn bars(report: &Report) -> Vec<Bar> {
             MALLOC_ALONE,
             "malloc at the default interval, over entries only",
         ),
-    ];
+    ]);
     bars.extend(trace(report));
     bars.extend(dump(report));
     bars.extend([walked(report), compiled(report), held_once(report)]);
@@ -60,6 +63,69 @@ fn row<'a>(report: &'a Report, table: usize, name: &str) -> Result<&'a PairRow, 
         Outcome::Measured => Ok(row),
         Outcome::Absent(why) | Outcome::Failed(why) => Err(format!("{name}: {why}")),
     }
+}
+
+/// The most that the prefilter may add to a malloc and a free, in nanoseconds.
+const MOST_ADDED_NS: f64 = 5.0;
+/// The most that it may add to a program's time.
+const MOST_ADDED: f64 = 1.03;
+
+/// What the prefilter adds to a pair, of the ratio to none and of what a pair takes without.
+fn added(report: &Report, table: usize) -> Bar {
+    let result = || {
+        let ours = row(report, table, "memprof prefilter")?;
+        let none = row(report, table, "none")?;
+        let (Some(ratio), Some(none)) = (ours.over_none, none.ns) else {
+            return Err("no value".to_owned());
+        };
+        let added = (ratio.median - 1.0) * none.median;
+        let spread = ratio.median * ratio.spread * none.median;
+        let value = format!("{added:+.1} ± {spread:.1} ns to {:.1} ns", none.median);
+        Ok((value, added <= MOST_ADDED_NS))
+    };
+    let name = report
+        .pair
+        .get(table)
+        .map_or("malloc and free", |table| &table.name);
+    bar(
+        format!("{name}: the prefilter adds <= {MOST_ADDED_NS} ns at the default interval"),
+        result(),
+    )
+}
+
+/// What the default adds to each program.
+fn programs(report: &Report) -> Vec<Bar> {
+    if report.programs.is_empty() {
+        let why = "section `programs` was not measured".to_owned();
+        return vec![bar(
+            "programs at the default: <= 1.03 times their time",
+            Err(why),
+        )];
+    }
+    report
+        .programs
+        .iter()
+        .map(|program| {
+            let row = program
+                .rows
+                .iter()
+                .find(|row| row.name == "memprof, default");
+            let result = match row.map(|row| (&row.outcome, row.over_none)) {
+                Some((Outcome::Measured, Some(ratio))) => {
+                    Ok((ratio_with_spread(ratio), ratio.median <= MOST_ADDED))
+                }
+                Some((Outcome::Absent(why) | Outcome::Failed(why), _)) => Err(why.clone()),
+                _ => Err("no common round".to_owned()),
+            };
+            bar(
+                format!(
+                    "{} at the default: <= {MOST_ADDED} times its time",
+                    program.name
+                ),
+                result,
+            )
+        })
+        .collect()
 }
 
 fn over_floor(report: &Report, table: usize, what: &str) -> Bar {
@@ -256,6 +322,9 @@ mod tests {
             verdicts(&report),
             [
                 Reached,
+                NotMeasured,
+                Reached,
+                Reached,
                 Reached,
                 NotMeasured,
                 NotMeasured,
@@ -291,8 +360,14 @@ mod tests {
         if let Some(many) = &mut report.many {
             many.all.unwind_table_bytes = 4_000_000;
         }
+        if let Some(ratio) = &mut report.pair[0].rows[5].over_none {
+            ratio.median = 1.6;
+        }
+        if let Some(ratio) = &mut report.programs[0].rows[0].over_none {
+            ratio.median = 1.04;
+        }
         let verdicts = verdicts(&report);
-        for index in [0, 4, 5, 6, 10, 11, 12] {
+        for index in [0, 2, 3, 7, 8, 9, 13, 14, 15] {
             assert_eq!(verdicts[index], Verdict::Missed, "bar {index}");
         }
     }

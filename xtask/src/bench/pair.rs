@@ -41,7 +41,7 @@ fn has_every_turn(tool: Tool) -> bool {
             probe: Probe::Session,
             place: Place::Sites | Place::SitesOnly,
         } | Tool::Memprof {
-            probe: Some(Probe::Session),
+            probe: Some(Probe::Session | Probe::Prefilter),
             interval: None,
         }
     )
@@ -50,6 +50,11 @@ fn has_every_turn(tool: Tool) -> bool {
 /// The rows of the floor whose ratio tells what memprof itself adds.
 fn floor_of(tool: Tool, variant: &Variant) -> Option<Tool> {
     match tool {
+        // What it adds is to no trap.
+        Tool::Memprof {
+            probe: Some(Probe::Prefilter),
+            ..
+        } => None,
         Tool::Memprof {
             probe: Some(probe), ..
         } => Some(Tool::Floor {
@@ -96,6 +101,9 @@ fn tools(context: &Context) -> Vec<Tool> {
     let floor = |probe, place| Tool::Floor { probe, place };
     let memprof = |probe, interval| Tool::Memprof { probe, interval };
     let mut tools = vec![
+        memprof(Some(Probe::Prefilter), None),
+        memprof(Some(Probe::Prefilter), Some("64KiB")),
+        memprof(Some(Probe::Prefilter), Some("1")),
         floor(Probe::Session, Place::Sites),
         memprof(Some(Probe::Session), None),
         floor(Probe::Session, Place::SitesOnly),

@@ -11,7 +11,7 @@ use super::{
     context::Context,
     report::{Outcome, ProgramRow, ProgramTable},
     stats::{Estimate, ratios},
-    tools::{Left, Tool},
+    tools::{Left, Probe, Tool},
     workloads::{self, Workload},
 };
 
@@ -40,6 +40,11 @@ pub(super) struct Run {
 
 const DEFAULT: Tool = Tool::Memprof {
     probe: None,
+    interval: None,
+};
+
+const UPROBES: Tool = Tool::Memprof {
+    probe: Some(Probe::Uprobe),
     interval: None,
 };
 
@@ -95,6 +100,11 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             "memprof, default",
             How::Attached(DEFAULT),
             Outcome::Measured,
+        ),
+        one(
+            "memprof, uprobes",
+            How::Attached(UPROBES),
+            absence(UPROBES.absence(context)),
         ),
         one(
             "bpftrace leak script",

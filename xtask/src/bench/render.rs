@@ -382,9 +382,24 @@ pub(super) mod tests {
                     row("memprof session", 1050.0, Some(("floor session", 1.05))),
                     row("bpftrace leak script", 9000.0, None),
                     memleak,
+                    row("memprof prefilter", 13.0, None),
                 ],
             }],
-            programs: Vec::new(),
+            programs: vec![ProgramTable {
+                name: "a program".to_owned(),
+                calls_per_second: None,
+                calls_source: None,
+                rows: vec![ProgramRow {
+                    name: "memprof, default".to_owned(),
+                    outcome: Outcome::Measured,
+                    seconds: None,
+                    throughput: None,
+                    over_none: Some(Estimate {
+                        median: 1.02,
+                        ..row("none", 10.0, None).ns.unwrap()
+                    }),
+                }],
+            }],
             trace: Some(Trace {
                 threads: 2,
                 probe_mode: "session".to_owned(),

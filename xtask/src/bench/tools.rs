@@ -28,6 +28,10 @@ const MEMLEAK_LIMIT: Duration = Duration::from_secs(60);
 /// How probes are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Probe {
+    /// Decides in the target; only samples trap.
+    Prefilter,
+    /// The best way of the uprobe engine.
+    Uprobe,
     /// One session link for all sites.
     Session,
     /// One link for all entries, one for all returns.
@@ -40,6 +44,8 @@ impl Probe {
     /// As `--probe` has it.
     pub(super) const fn name(self) -> &'static str {
         match self {
+            Self::Prefilter => "prefilter",
+            Self::Uprobe => "uprobe",
             Self::Session => "session",
             Self::Multi => "multi",
             Self::Perf => "perf",
