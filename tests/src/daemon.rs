@@ -64,6 +64,12 @@ impl Daemon {
         }
     }
 
+    /// What it tells about itself.
+    #[must_use]
+    pub fn stats(&self) -> Value {
+        serde_json::from_slice(&self.get("/v1/stats").body).expect("statistics in JSON")
+    }
+
     /// Asks for `path`.
     #[must_use]
     pub fn get(&self, path: &str) -> Response {

@@ -58,6 +58,10 @@ pub struct Process {
     pub exe: String,
     /// It has ended, or replaced its program.
     pub exited: bool,
+    /// How its calls were looked at.
+    pub engine: String,
+    /// Why it is not the prefilter, if that was wanted.
+    pub engine_reason: Option<String>,
     /// For how long it was traced.
     pub traced_s: f64,
     /// All calls, counted exactly.

@@ -278,7 +278,11 @@ fn two_daemons() {
         first.stop();
         let second = Daemon::start_on(&dir.file("second.sock"), &[pid], &[]);
         go(&mut hold, 2);
-        second.profile_when(pid, |profile| has_objects(profile, 10));
+        let profile = second.profile_when(pid, |profile| has_objects(profile, 10));
+        assert_eq!(
+            profile.process().leaf_totals("hold_here"),
+            Totals::of(10, 10, 100)
+        );
         second.stop();
         return;
     }

@@ -34,8 +34,9 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     // The end-to-end tests run this binary; they would build it themselves, but
     // as root, and after each other.
     run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
-    for mode in probe_modes(workspace)? {
-        println!("\nEnd-to-end tests, probes attached by {mode}:");
+    let engines = ["prefilter".to_owned()];
+    for mode in engines.into_iter().chain(probe_modes(workspace)?) {
+        println!("\nEnd-to-end tests, engine or mode {mode}:");
         end_to_end(workspace, &[(PROBE_MODE, &mode)], &[], filter)?;
     }
     println!("\nTests of the unwinder, stacks walked by tail calls:");

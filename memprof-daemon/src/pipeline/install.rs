@@ -6,7 +6,7 @@ use std::{
     fs::File,
     os::fd::AsRawFd as _,
     path::PathBuf,
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use std::{
 use memprof_common::prefilter::SiteKind;
 use tokio::sync::oneshot;
 
-use super::prober::ProberHandle;
+use super::{prober::ProberHandle, scan::Scanner};
 use crate::{
     address::FileOffset,
     prefilter::{
@@ -29,7 +29,7 @@ use crate::{
         attach::{AttachError, ImageSite},
         find::AllocatorModule,
     },
-    process::{exit::ExitWatch, info::read_memory, mapping::MappingTable},
+    process::{exit::ExitWatch, info::read_memory},
 };
 
 /// What comes of an installation.
@@ -55,7 +55,7 @@ pub enum Holder {
 pub(super) struct Installation {
     pub(super) pid: u32,
     pub(super) slot: u16,
-    pub(super) mappings: MappingTable,
+    pub(super) scanner: Arc<Scanner>,
     pub(super) modules: Vec<AllocatorModule>,
     /// Where the data is, if modules were hooked before.
     pub(super) data: Option<DataPlace>,
@@ -95,7 +95,9 @@ impl Installation {
         if grip == Grip::Seize {
             require_untraced(self.pid)?;
         }
-        let modules = check(self.pid, &self.mappings, &self.modules)?;
+        // Where they are now: what the tracer knows has the program before, too.
+        let mappings = self.scanner.mappings(self.pid)?;
+        let modules = check(self.pid, &mappings, &self.modules)?;
         let geometry = geometry(self.pid, self.interval_bytes);
         let order = Order {
             process: &process,

@@ -15,7 +15,7 @@ use crate::{
     process::{
         exit::ExitWatch,
         files::FileStore,
-        info::{ProcessInfo, check_machine},
+        info::{ProcessError, ProcessInfo, check_machine},
         mapping::{MappedFile, Mapping, MappingTable},
         maps::{MapsEntry, mapping_of, read_mappings},
     },
@@ -145,6 +145,15 @@ impl Scanner {
             exit,
             tables,
         })
+    }
+
+    /// What a process maps now.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub(super) fn mappings(&self, pid: u32) -> Result<MappingTable, ProcessError> {
+        read_mappings(pid, &self.files)
     }
 
     /// Who a process is now; none if it is gone.

@@ -285,6 +285,8 @@ pub(super) struct Target {
     pub(super) choice: Choice,
     /// Modules are being hooked.
     pub(super) is_hooking: bool,
+    /// The last program's prefilter is being taken out, if it is still there.
+    pub(super) is_clearing: bool,
     /// Modules that were found meanwhile.
     pub(super) waiting_modules: Vec<AllocatorModule>,
     /// For how long it stood still.
@@ -350,6 +352,7 @@ impl Target {
             holder: Holder::Nobody,
             choice: Choice::Open,
             is_hooking: false,
+            is_clearing: false,
             waiting_modules: Vec::new(),
             stopped: StoppedTime::default(),
             image_bytes: 0,

@@ -6,7 +6,6 @@
 use std::{
     fs::File,
     ops::Range,
-    os::unix::fs::FileExt as _,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -22,6 +21,7 @@ use super::{
     image::Patch,
     layout::Geometry,
     map::{self, Mapped},
+    remote,
     stop::Stopped,
     stop_error::StopError,
     tracer::Tracer,
@@ -210,7 +210,7 @@ pub fn attach(
     let pid = order.process.pid();
     let mut stopped_time = StoppedTime::default();
     let mapped = {
-        let mut stopped = order.grip.one(tracer, pid, order.deadline)?;
+        let mut stopped = once_set_up(order, || order.grip.one(tracer, pid, order.deadline))?;
         require_alive(order.process)?;
         let mapped = map::map(order, &mut stopped);
         stopped_time.add(stopped.release()?);
@@ -263,6 +263,24 @@ impl Image {
     }
 }
 
+/// Stops a process that may just have begun: a thread that its C library has not set up yet
+/// is given the time for it.
+fn once_set_up(
+    order: &Order<'_>,
+    stop: impl Fn() -> Result<Stopped, StopError>,
+) -> Result<Stopped, StopError> {
+    loop {
+        match stop() {
+            Err(StopError::NoThreadPointer { .. })
+                if order.grip == Grip::Seize && Instant::now() + RETRY < order.deadline =>
+            {
+                thread::sleep(RETRY);
+            }
+            stopped => return stopped,
+        }
+    }
+}
+
 /// Stopped, it cannot end and give its pid to another.
 fn require_alive(process: &ExitWatch) -> Result<(), PrefilterError> {
     if process.is_alive().unwrap_or(true) {
@@ -288,12 +306,12 @@ fn write_jumps(
         .map(|patch| patch.address..patch.address + patch.original.len() as u64)
         .collect();
     loop {
-        let stopped = order.grip.all(tracer, pid, order.deadline)?;
+        let stopped = once_set_up(order, || order.grip.all(tracer, pid, order.deadline))?;
         let written = require_alive(order.process).and_then(|()| {
             if stopped.is_anyone_within(&displaced)? {
                 return Ok(false);
             }
-            write_all(&stopped, image, pid).map(|()| true)
+            write_all(&stopped, image).map(|()| true)
         });
         stopped_time.add(stopped.release()?);
         if written? {
@@ -307,7 +325,7 @@ fn write_jumps(
 }
 
 /// In the order of the patches: what gives blocks up first. All or none.
-fn write_all(stopped: &Stopped, image: &Image, pid: u32) -> Result<(), PrefilterError> {
+fn write_all(stopped: &Stopped, image: &Image) -> Result<(), PrefilterError> {
     let mut written = Ok(());
     for (number, patch) in image.patches.iter().enumerate() {
         written = stopped
@@ -321,20 +339,23 @@ fn write_all(stopped: &Stopped, image: &Image, pid: u32) -> Result<(), Prefilter
     }
     written?;
     if image.owns_data {
-        let enabled = set_enabled(pid, &image.data, true);
+        let enabled = set_enabled(stopped, &image.data, true);
         if enabled.is_err() {
             detach::restore(stopped, &image.patches)?;
         }
-        enabled.map_err(PrefilterError::io("switch the stubs on"))?;
+        enabled?;
     }
     Ok(())
 }
 
 /// Switches the stubs on or off.
-pub(super) fn set_enabled(pid: u32, data: &DataPlace, enabled: bool) -> std::io::Result<()> {
-    let memory = File::options()
-        .write(true)
-        .open(format!("/proc/{pid}/mem"))?;
+pub(super) fn set_enabled(
+    stopped: &Stopped,
+    data: &DataPlace,
+    enabled: bool,
+) -> Result<(), StopError> {
     let word = u64::from(enabled).to_ne_bytes();
-    memory.write_all_at(&word, data.private + PRIVATE_ENABLED as u64)
+    let tid = stopped.any_tid();
+    remote::write(tid, data.private + PRIVATE_ENABLED as u64, &word)
+        .map_err(|error| StopError::trace(stopped.pid(), tid, "write its memory", error))
 }

@@ -4,7 +4,7 @@
 //! it, nor will return to it.
 
 use std::{
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
@@ -15,6 +15,7 @@ use super::{
     inject::InjectError,
     map::PAGE_BYTES,
     occupants::is_anyone_in,
+    remote,
     stop::Stopped,
     stop_error::StopError,
     tracer::Tracer,
@@ -44,13 +45,16 @@ pub fn detach(
     let mut time = StoppedTime::default();
     let mut wait = FIRST_RETRY;
     let mut restored = false;
+    if !is_there(pid, image) {
+        return Ok(time);
+    }
     loop {
         let mut stopped = match Stopped::all(tracer, pid, deadline) {
             Ok(stopped) => stopped,
             Err(_) if has_ended(process) => return Ok(time),
             Err(error) => return Err(error.into()),
         };
-        if has_ended(process) || !is_there(&stopped, image) {
+        if has_ended(process) || !is_there(pid, image) {
             stopped.release()?;
             return Ok(time);
         }
@@ -71,10 +75,7 @@ pub fn detach(
 fn undo(stopped: &mut Stopped, image: &Image, restored: &mut bool) -> Result<bool, DetachError> {
     if !*restored {
         restore(stopped, &image.patches)?;
-        set_enabled(stopped.pid(), &image.data, false).map_err(|source| DetachError::Io {
-            what: "switch the stubs off",
-            source,
-        })?;
+        set_enabled(stopped, &image.data, false)?;
         *restored = true;
     }
     if is_anyone_in(stopped, image)? {
@@ -85,11 +86,19 @@ fn undo(stopped: &mut Stopped, image: &Image, restored: &mut bool) -> Result<boo
 }
 
 /// Not if the process has replaced its program.
-fn is_there(stopped: &Stopped, image: &Image) -> bool {
-    image.code.iter().any(|range| {
-        let mut header = vec![0; PAGE_BYTES as usize];
-        stopped.read(range.start, &mut header).is_ok()
-            && read_header(&header).is_ok_and(|header| header.data == image.data.range)
+fn is_there(pid: u32, image: &Image) -> bool {
+    // Any thread: the first may have ended before the others.
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let mut threads = threads.into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        name.to_str()?.parse::<u32>().ok()
+    });
+    threads.any(|tid| {
+        image.code.iter().any(|range| {
+            let mut header = vec![0; PAGE_BYTES as usize];
+            remote::read(tid, range.start, &mut header).is_ok()
+                && read_header(&header).is_ok_and(|header| header.data == image.data.range)
+        })
     })
 }
 

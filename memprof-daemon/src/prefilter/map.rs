@@ -1,6 +1,11 @@
 //! Has a stopped process map the prefilter's memory.
 
-use std::{fs::File, ops::Range, os::fd::AsFd as _, os::unix::fs::FileExt as _};
+use std::{
+    fs::File,
+    ops::Range,
+    os::fd::{AsFd as _, AsRawFd as _},
+    os::unix::fs::FileExt as _,
+};
 
 use memprof_common::prefilter::SiteKind;
 use nix::errno::Errno;
@@ -104,9 +109,16 @@ fn fetch(order: &Order<'_>, fd: u64) -> Result<File, PrefilterError> {
     let number = i32::try_from(fd).unwrap_or(-1);
     let file = pidfd_getfd(order.process.as_fd(), number, PidfdGetfdFlags::empty())
         .map_err(|error| PrefilterError::io("fetch the memory file")(error.into()))?;
+    // Opened anew: the process's mappings hold the open file that it has made, and with it a
+    // lock on that, also when the daemon is gone.
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_err(PrefilterError::io("open the memory file"))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| PrefilterError::io("lock the memory file")(error.into()))?;
-    Ok(File::from(file))
+    Ok(file)
 }
 
 fn map_parts(

@@ -118,7 +118,9 @@ impl Tracer {
             return;
         };
         match target.choice {
-            _ if target.is_hooking => target.waiting_modules.extend_from_slice(modules),
+            _ if target.is_hooking || target.is_clearing => {
+                target.waiting_modules.extend_from_slice(modules)
+            }
             Choice::Open | Choice::Prefilter(_) => self.hook_modules(pid, modules),
             Choice::Uprobe(_) => self.probe_modules(pid, modules),
         }

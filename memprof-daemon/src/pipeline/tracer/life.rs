@@ -131,6 +131,14 @@ impl Tracer {
             return;
         };
         target.jobs = target.jobs.saturating_sub(1);
+        target.is_clearing = false;
+        let waiting = std::mem::take(&mut target.waiting_modules);
+        if !waiting.is_empty() {
+            self.attach_modules(image.pid, &waiting);
+        }
+        let Some(target) = self.targets.get_mut(&image.pid) else {
+            return;
+        };
         let scan = match result {
             Ok(scan) => *scan,
             // It is gone, or going; what was known of it stays.
@@ -203,6 +211,7 @@ impl Tracer {
             target.probed.clear();
             target.sites.clear();
             target.image_bytes = 0;
+            target.is_clearing = true;
             self.prober.detach_soon(slot);
         }
         if let Some(current) = target.images.last_mut() {

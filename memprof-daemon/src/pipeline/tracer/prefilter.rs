@@ -123,7 +123,7 @@ impl Tracer {
         let installation = Installation {
             pid,
             slot: target.slot,
-            mappings: image.code.now().clone(),
+            scanner: self.scanner.clone(),
             modules: fresh.clone(),
             data: match &target.choice {
                 Choice::Prefilter(prefilter) => Some(prefilter.image.place()),
