@@ -108,7 +108,7 @@ fn daemon_is_killed() {
         let _ = daemon.finish();
         assert!(storm.is_running(), "round {round}");
     }
-    let daemon = Daemon::start(&dir, &[pid], PREFILTER);
+    let daemon = Daemon::start(&dir, &[pid], &["--probe", "prefilter", "-i", "64KiB"]);
     daemon.stop();
     assert_untouched(pid, &before);
     finish_storm(storm);

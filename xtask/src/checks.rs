@@ -123,6 +123,30 @@ pub(crate) fn unit(workspace: &Path) -> Result<()> {
     ]))
 }
 
+/// Attaches the prefilter and takes it out for so many seconds, with what is delivered.
+///
+/// # Errors
+///
+/// A process was not as before, or has failed.
+pub(crate) fn stress(workspace: &Path, seconds: &str) -> Result<()> {
+    run(cargo(workspace).args(["build", "--release", "--package", "memprof-daemon"]))?;
+    let variables = [("MEMPROF_STRESS_SECONDS", seconds)];
+    let mut command = cargo(workspace);
+    command.envs(variables);
+    if !is_root()? {
+        command.arg("--config").arg(sudo_runner(&variables)?);
+    }
+    run(command.args([
+        "test",
+        "--release",
+        "--package=memprof-tests",
+        "--test=prefilter_stress",
+        "--",
+        "--ignored",
+        "--nocapture",
+    ]))
+}
+
 /// Formatting, clippy and documentation, warnings being errors.
 ///
 /// # Errors

@@ -27,6 +27,8 @@ usage: cargo xtask COMMAND
   unit              the tests within each crate, as root
   fuzz [SECONDS]    damage unwind information and walk hostile memory for so long,
                     each; 300 if not told
+  stress [SECONDS]  attach the prefilter and take it out, again and again, under threads
+                    that allocate, fork and get signals, as root; 600 if not told
   bench [OPTION...] measure memprof beside its peers, as root, and write
                     docs/benchmarks.md; `bench --help` lists the options
   kernels [KERNEL...]
@@ -56,6 +58,8 @@ fn dispatch() -> Result<()> {
         ["unit"] => checks::unit(&workspace),
         ["fuzz"] => checks::fuzz(&workspace, "300"),
         ["fuzz", seconds] => checks::fuzz(&workspace, seconds),
+        ["stress"] => checks::stress(&workspace, "600"),
+        ["stress", seconds] => checks::stress(&workspace, seconds),
         ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
         ["kernels", ..] => kernels::kernels(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),
