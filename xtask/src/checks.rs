@@ -20,9 +20,28 @@ fn cargo(workspace: &Path) -> Command {
     command
 }
 
-/// Every test: the unit tests, and the end-to-end tests as root, these once for
-/// each way to attach that the kernel has, and those of the unwinder once more as on
-/// kernels without `bpf_loop`. `filter` is passed on to the end-to-end tests.
+/// The end-to-end tests to which it matters how probes are attached. What becomes of a
+/// sample is the same in each.
+const ABOUT_PROBES: [&str; 13] = [
+    "detach",
+    "errors",
+    "family",
+    "invariants",
+    "limits",
+    "modes",
+    "real",
+    "realloc",
+    "record",
+    "sampling",
+    "sites",
+    "threads",
+    "totals",
+];
+
+/// Every test: the unit tests, and the end-to-end tests as root, these once with the
+/// prefilter and once with the best way to attach probes that the kernel has; those about
+/// probes for each other way, too, and those of the unwinder once more as on kernels
+/// without `bpf_loop`. `filter` is passed on to the end-to-end tests.
 ///
 /// # Errors
 ///
@@ -34,10 +53,19 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     // The end-to-end tests run this binary; they would build it themselves, but
     // as root, and after each other.
     run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
-    let engines = ["prefilter".to_owned()];
-    for mode in engines.into_iter().chain(probe_modes(workspace)?) {
+    let modes = probe_modes(workspace)?;
+    let (best, others) = modes.split_first().context("no way to attach")?;
+    for mode in ["prefilter", best] {
         println!("\nEnd-to-end tests, engine or mode {mode}:");
-        end_to_end(workspace, &[(PROBE_MODE, &mode)], &[], filter)?;
+        end_to_end(workspace, &[(PROBE_MODE, mode)], &[], filter)?;
+    }
+    let tests: Vec<&str> = ABOUT_PROBES
+        .iter()
+        .flat_map(|test| ["--test", test])
+        .collect();
+    for mode in others {
+        println!("\nEnd-to-end tests about probes, mode {mode}:");
+        end_to_end(workspace, &[(PROBE_MODE, mode)], &tests, filter)?;
     }
     println!("\nTests of the unwinder, stacks walked by tail calls:");
     let variables = [(PROBE_MODE, "perf"), (WALK, "tail-calls")];
