@@ -3,6 +3,7 @@
 
 use memprof_tests::{
     End, Process, Record, TempDir, Totals,
+    engine::is_prefilter,
     targets::{Target, target_with},
 };
 
@@ -69,11 +70,19 @@ fn check_stacks(process: &Process) {
 }
 
 fn check_program(target: &Target, check_all: impl Fn(&Process)) {
+    check_program_with(target, &[], check_all);
+}
+
+fn check_program_with(target: &Target, options: &[&str], check_all: impl Fn(&Process)) {
     let dir = TempDir::new("static");
-    let recorded = Record::every_allocation(&dir).command(target, &[]);
+    let recorded = Record::every_allocation(&dir)
+        .options(options)
+        .command(target, &[]);
     check_all(recorded.process());
     let dir = TempDir::new("static");
-    let recorded = Record::every_allocation(&dir).attach(&mut target.command(&[]), End::Interrupt);
+    let recorded = Record::every_allocation(&dir)
+        .options(options)
+        .attach(&mut target.command(&[]), End::Interrupt);
     check_all(recorded.process());
 }
 
@@ -108,9 +117,20 @@ fn glibc_static() {
 /// information: stacks are complete or cut behind main, and marked.
 #[test]
 fn musl_static() {
+    // Without a signal handler it has no code that returns from one, which the prefilter
+    // needs to make calls: it is refused then, with that reason, and probed.
+    let options: &[&str] = if is_prefilter() {
+        &["--probe", "auto"]
+    } else {
+        &[]
+    };
     for position_independent in [true, false] {
-        check_program(&musl(position_independent), |process| {
+        check_program_with(&musl(position_independent), options, |process| {
             check(process);
+            if is_prefilter() && process.engine != "prefilter" {
+                let reason = process.engine_reason.as_deref().unwrap_or_default();
+                assert!(reason.contains("rt_sigreturn"), "{reason}");
+            }
             for stack in EXPECTED
                 .iter()
                 .flat_map(|expected| process.with_leaf(expected.0))

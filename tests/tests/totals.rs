@@ -3,7 +3,8 @@
 use std::{path::Path, process::Command};
 
 use memprof_tests::{
-    CallTotals, Daemon, End, Process, Profile, Record, Recorded, Running, TempDir, Totals, target,
+    CallTotals, Daemon, End, Process, Profile, Record, Recorded, Running, TempDir, Totals,
+    daemon::eventually, engine::is_prefilter, target,
 };
 
 /// How far an estimate may be from the exact number.
@@ -233,6 +234,14 @@ fn images_of(dir: &TempDir, hurry: bool) -> Vec<Process> {
     let daemon = Daemon::start(dir, &[pid], &[]);
     shell.send("go");
     shell.wait_stdout(|line| line == "ready");
+    if is_prefilter() {
+        // It does not see the new program's calls before that is hooked.
+        eventually(|| {
+            let process = &daemon.stats()["processes"][0];
+            let is_hold = process["comm"].as_str()?.starts_with("hold");
+            (is_hold && process["image_bytes"].as_u64()? > 0).then_some(())
+        });
+    }
     // The new program is met at its first call at the latest.
     shell.send("go");
     shell.wait_stdout(|line| line == "done");

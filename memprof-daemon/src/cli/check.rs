@@ -58,8 +58,8 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         check_machine(pid)?;
         let mappings = read_mappings(pid, &files)?;
         let modules = finder.find_all(pid, &mappings)?;
-        println!("\n{}", engine(pid, &info.comm, &mappings, &modules));
-        print!("{}", sites(pid, &info.comm, &modules));
+        print!("\n{}", sites(pid, &info.comm, &modules));
+        println!("{}", engine(pid, &info.comm, &mappings, &modules));
     }
     Ok(if met {
         ExitCode::SUCCESS
