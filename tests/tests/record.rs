@@ -3,7 +3,8 @@
 use std::{fs, process::Command, time::Instant};
 
 use memprof_tests::{
-    End, LIMIT, Profile, Record, Running, TempDir, Totals, memprof, pprof, target,
+    End, LIMIT, Profile, Record, Running, TempDir, Totals, engine::is_prefilter, memprof, pprof,
+    target,
 };
 use nix::sys::signal::Signal;
 
@@ -342,7 +343,12 @@ fn record_exec(source: &str, told: &str) -> (u32, Profile) {
     memprof.wait_stderr(|line| line.starts_with("memprof: recording"));
     becoming.send("go");
     // The path of a program that has ended by the time memprof hears of it is not
-    // known; so it lives until then.
+    // known; so it lives until then. The prefilter does not see its calls before.
+    let told = if is_prefilter() {
+        "the new program is hooked"
+    } else {
+        told
+    };
     memprof.wait_stderr(|line| line.contains(told));
     becoming.send_last("go");
     becoming.wait_stdout_for(LIMIT, |line| line == "done");

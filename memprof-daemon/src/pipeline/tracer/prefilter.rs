@@ -207,6 +207,9 @@ impl Tracer {
                 // It may have changed since.
                 data.set_interval(interval_bytes);
                 *choice = Choice::Prefilter(Box::new(Prefilter { image, data }));
+                if !matches!(target.state, State::Attaching) {
+                    info!(pid, "the new program is hooked");
+                }
             }
             (_, None) => {}
         }
