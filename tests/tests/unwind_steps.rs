@@ -109,7 +109,9 @@ fn step(flags: &[&str], lazy: bool) {
     let target = target_with("stepped.c", &flags);
     let dir = TempDir::new("steps");
     let file = dir.file("truth");
-    let recorded = Record::every_allocation(&dir).command(&target, &[&file]);
+    // The prefilter adds instructions of its own to step through, which no table describes.
+    let record = Record::every_allocation(&dir).options(&["--probe", "uprobe"]);
+    let recorded = record.command(&target, &[&file]);
     let process = recorded.process();
     let text = fs::read_to_string(&file).expect("the target's account");
     let mut truth = read_truth(&text, &linkage_tables(target.text()));
