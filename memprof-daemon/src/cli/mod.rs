@@ -105,6 +105,9 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("memprof-worker")
+        // A worker looks for signals and requests between tasks, not after the usual 61:
+        // while events flow, a turn of the tracer's is long.
+        .event_interval(1)
         .enable_all()
         .build()
         .context("cannot start the runtime")

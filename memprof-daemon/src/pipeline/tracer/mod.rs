@@ -311,6 +311,9 @@ impl Tracer {
             self.close_replaced();
             self.write_stack_copies();
             self.work.longest_round = self.work.longest_round.max(begun.elapsed());
+            // There is more, and there will be: let others have their turn, the signal that
+            // ends all of this among them.
+            tokio::task::yield_now().await;
         }
     }
 
