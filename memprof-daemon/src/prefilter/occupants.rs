@@ -3,7 +3,8 @@
 //! Addresses of the image on a stack do not tell: a call that has returned leaves one
 //! behind, which may stand there for as long as its thread sleeps. The stubs tell. A call
 //! that they follow to its return is marked in the private block of the thread's shard
-//! (`PRIVATE_CALL`), from before the allocator is called until after its return. Besides, a
+//! (`PRIVATE_CALL`), from before the allocator is called until after its return; of a thread
+//! for which there was no shard left, every word counts. Besides, a
 //! signal can have interrupted a thread in the image: then its handler's frame, which the
 //! kernel lays out, has an address of the image as that to go on at.
 
@@ -50,17 +51,39 @@ pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, Sto
     }
     let maps = stopped.maps()?;
     for thread in stopped.threads() {
-        if is_in_a_call(stopped, image, &maps, thread)
-            || has_signal_frame(stopped, &maps, thread, &is_in)?
-        {
+        let words = match call_of(stopped, image, thread) {
+            Call::None => Words::SignalFrames,
+            Call::Frame(frame) if has_left(thread, &maps, frame) => Words::SignalFrames,
+            Call::Frame(_) => return Ok(true),
+            Call::Unmarked => Words::All,
+        };
+        if leads_back(stopped, &maps, thread, words, &is_in)? {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-/// Whether the stubs follow a call of the thread.
-fn is_in_a_call(stopped: &Stopped, image: &Image, maps: &[MapsEntry], thread: &Thread) -> bool {
+/// The call of a thread that the stubs follow.
+enum Call {
+    /// None.
+    None,
+    /// The outermost has this frame.
+    Frame(u64),
+    /// The thread has no shard, so there is no mark.
+    Unmarked,
+}
+
+/// Which words of a stack lead back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Words {
+    /// Those that the frame of a signal handler goes on at.
+    SignalFrames,
+    /// All.
+    All,
+}
+
+fn call_of(stopped: &Stopped, image: &Image, thread: &Thread) -> Call {
     let pointer = thread.registers.fs_base;
     let shards = image.data.geometry.shards;
     let home = home_shard(pointer, shards) as usize;
@@ -72,13 +95,22 @@ fn is_in_a_call(stopped: &Stopped, image: &Image, maps: &[MapsEntry], thread: &T
             word(stopped, block + PRIVATE_CALL as u64),
         ) else {
             // Unmapped by the process itself: nobody follows anything.
-            return false;
+            return Call::None;
         };
         if owner == pointer {
-            return call != pointer && call != 0 && !has_left(thread, maps, call);
+            let is_idle = call == pointer || call == 0;
+            return if is_idle {
+                Call::None
+            } else {
+                Call::Frame(call)
+            };
+        }
+        // It would have taken this one at its first call.
+        if owner == 0 {
+            return Call::None;
         }
     }
-    false
+    Call::Unmarked
 }
 
 /// Whether the thread has left the call with this frame by `longjmp` or an exception: it
@@ -90,11 +122,12 @@ fn has_left(thread: &Thread, maps: &[MapsEntry], frame: u64) -> bool {
             == mapping_at(maps, frame).map(|stack| stack.start)
 }
 
-/// Whether a handler of a signal returns into the image.
-fn has_signal_frame(
+/// Whether a word on the thread's stack leads back into the image.
+fn leads_back(
     stopped: &Stopped,
     maps: &[MapsEntry],
     thread: &Thread,
+    words: Words,
     is_in: &impl Fn(u64) -> bool,
 ) -> Result<bool, StopError> {
     let stack_pointer = thread.registers.rsp;
@@ -111,7 +144,7 @@ fn has_signal_frame(
         for (number, bytes) in bytes.as_chunks().0.iter().enumerate() {
             let place = at + number as u64 * WORD;
             if is_in(u64::from_ne_bytes(*bytes))
-                && is_restorer(stopped, place.wrapping_sub(FRAME_TO_IP))
+                && (words == Words::All || is_restorer(stopped, place.wrapping_sub(FRAME_TO_IP)))
             {
                 return Ok(true);
             }
