@@ -187,14 +187,16 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     } else {
         0
     };
+    // Copies of stacks are large, and read when events are.
+    let wake_bytes = if copy_stacks {
+        0
+    } else {
+        u64::from(sizes.ring_bytes) / WAKE_SHARE
+    };
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, false)
         .override_global("HAS_LOOP", &u8::from(walker == Walker::Loop), true)
-        .override_global(
-            "WAKE_BYTES",
-            &(u64::from(sizes.ring_bytes) / WAKE_SHARE),
-            true,
-        )
+        .override_global("WAKE_BYTES", &wake_bytes, true)
         .override_global("COPY_STACKS", &u8::from(copy_stacks), true)
         .map_max_entries("STACK_COPIES", copies_bytes)
         .map_max_entries("EVENTS", sizes.ring_bytes)
