@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 pub(super) const USAGE: &str = "\
 usage: cargo xtask bench [OPTION...]
 
-  --quick           three minutes instead of eleven, and rougher numbers
+  --quick           three minutes instead of thirteen, and rougher numbers
   --only NAME,...   these sections only: pair, programs, trace, dump,
                     unwind, tables, many
   --json FILE       the results [default: target/bench/benchmarks.json]

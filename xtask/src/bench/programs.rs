@@ -10,13 +10,23 @@ use anyhow::Result;
 use super::{
     context::Context,
     report::{Outcome, ProgramRow, ProgramTable},
-    stats::{Estimate, ratios},
+    stats::{Estimate, FEWEST_ROUNDS, ratios},
     tools::{Left, Probe, Tool},
     workloads::{self, Workload},
 };
 
 /// Rounds of one program after which rows that are not stable are called so.
-const MOST_ROUNDS: usize = 15;
+const MOST_ROUNDS: usize = 80;
+
+/// Rounds in which tools take part that make a program some times slower: as many as a
+/// stable ratio needs.
+const SLOW_ROUNDS: usize = FEWEST_ROUNDS;
+
+/// The same of those that make it tens of times slower.
+const SLOWEST_ROUNDS: usize = 2;
+
+/// The ratio by which memprof is judged has to be known better than the bar of 3 % is wide.
+const JUDGED_SPREAD: f64 = 0.01;
 
 /// How a program is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +63,15 @@ struct Series {
     name: &'static str,
     how: How,
     outcome: Outcome,
+    /// The rounds it takes part in, the first ones.
+    rounds: usize,
+    /// A value a round.
     seconds: Vec<Option<f64>>,
 }
+
+/// The places of the rows that a program is judged by, which take part in every round.
+const NONE: usize = 0;
+const OURS: usize = 1;
 
 /// Measures all programs, for as long as `budget` at most.
 ///
@@ -88,69 +105,80 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<Program
 fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> ProgramTable {
     let deadline = Instant::now() + budget;
     let absence = |why: Option<String>| why.map_or(Outcome::Measured, Outcome::Absent);
-    let one = |name, how, outcome| Series {
+    let one = |name, how, outcome, rounds| Series {
         name,
         how,
         outcome,
+        rounds,
         seconds: Vec::new(),
     };
     let mut all = [
-        one("none", How::Plain, Outcome::Measured),
+        one("none", How::Plain, Outcome::Measured, MOST_ROUNDS),
         one(
             "memprof, default",
             How::Attached(DEFAULT),
             Outcome::Measured,
+            MOST_ROUNDS,
         ),
         one(
             "memprof, uprobes",
             How::Attached(UPROBES),
             absence(UPROBES.absence(context)),
+            SLOW_ROUNDS,
         ),
         one(
             "bpftrace leak script",
             How::Attached(Tool::Bpftrace),
             absence(Tool::Bpftrace.absence(context)),
+            SLOWEST_ROUNDS,
         ),
         one(
             "heaptrack",
             How::Heaptrack,
             absence(context.heaptrack.clone().err()),
+            SLOW_ROUNDS,
         ),
     ];
     // memprof's count is of all calls; bpftrace's of malloc and free.
     let mut calls: BTreeMap<&'static str, u64> = BTreeMap::new();
-    let mut longest = Duration::ZERO;
     for round in 1..=MOST_ROUNDS {
         let started = Instant::now();
-        for series in &mut all {
-            if series.outcome != Outcome::Measured {
-                continue;
-            }
-            match workload.run(context, series.how) {
-                Ok(run) => {
-                    series.seconds.push(Some(run.time.as_secs_f64()));
-                    if let Some((count, source)) = run.left.calls {
-                        calls.insert(source, count);
+        // What the machine does meanwhile grows and shrinks: who is first changes.
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        if round % 2 == 0 {
+            order.swap(NONE, OURS);
+        }
+        for place in order {
+            let series = &mut all[place];
+            let mut seconds = None;
+            if series.outcome == Outcome::Measured && round <= series.rounds {
+                match workload.run(context, series.how) {
+                    Ok(run) => {
+                        seconds = Some(run.time.as_secs_f64());
+                        if let Some((count, source)) = run.left.calls {
+                            calls.insert(source, count);
+                        }
+                    }
+                    Err(error) => {
+                        eprintln!("  {}: {}: {error:#}", workload.name(), series.name);
+                        series.outcome = Outcome::Failed(format!("{error:#}"));
                     }
                 }
-                Err(error) => {
-                    eprintln!("  {}: {}: {error:#}", workload.name(), series.name);
-                    series.outcome = Outcome::Failed(format!("{error:#}"));
-                }
             }
+            series.seconds.push(seconds);
         }
-        longest = longest.max(started.elapsed());
+        let took = started.elapsed();
         eprintln!(
             "  {}, round {round}: {:.1} s",
             workload.name(),
-            started.elapsed().as_secs_f64()
+            took.as_secs_f64()
         );
-        if Instant::now() + longest > deadline || all[1..].iter().all(|one| is_stable(one, &all[0]))
-        {
+        let is_known = is_judged(&all[OURS], &all[NONE]);
+        if Instant::now() + took > deadline || is_known && round >= SLOW_ROUNDS {
             break;
         }
     }
-    let plain = Estimate::of(&present(&all[0]));
+    let plain = Estimate::of(&present(&all[NONE]));
     let (source, count) = ["memprof", "bpftrace"]
         .into_iter()
         .find_map(|source| Some((source, *calls.get(source)?)))
@@ -163,7 +191,7 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
         calls_source: source.map(str::to_owned),
         rows: all
             .iter()
-            .map(|series| row(series, &all[0], workload))
+            .map(|series| row(series, &all[NONE], workload))
             .collect(),
     }
 }
@@ -172,10 +200,11 @@ fn present(series: &Series) -> Vec<f64> {
     series.seconds.iter().flatten().copied().collect()
 }
 
-fn is_stable(series: &Series, none: &Series) -> bool {
+/// Whether more rounds would tell nothing new of `series`.
+fn is_judged(series: &Series, none: &Series) -> bool {
     series.outcome != Outcome::Measured
         || Estimate::of(&ratios(&series.seconds, &none.seconds))
-            .is_some_and(|estimate| estimate.is_stable())
+            .is_some_and(|estimate| estimate.is_stable() && estimate.spread < JUDGED_SPREAD)
 }
 
 fn row(series: &Series, none: &Series, workload: &dyn Workload) -> ProgramRow {

@@ -363,7 +363,7 @@ fn python(context: &Context) -> Result<Candidate> {
 }
 
 fn compiler(context: &Context) -> Result<Candidate> {
-    let functions: u32 = context.pick(600, 150);
+    let functions: u32 = context.pick(300, 150);
     let mut text = String::new();
     for i in 0..functions {
         writeln!(
