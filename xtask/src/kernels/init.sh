@@ -18,7 +18,7 @@ try() {
         tail -n 40 /tmp/errors
     fi
 }
-for mode in session multi perf; do
+for mode in session multi perf prefilter; do
     MEMPROF_PROBE=$mode try "$mode"
 done >/dev/ttyS1
 # As on kernels without bpf_loop.

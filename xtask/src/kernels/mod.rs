@@ -39,13 +39,14 @@ const APPLETS: [&str; 8] = [
 /// Seconds until a guest is given up: minutes, as every instruction is emulated.
 const LIMIT: &str = "600";
 
-/// What is tried, and the first kernel that must have each: the modes, and `perf` with
-/// stacks walked by tail calls.
-const MODES: [(&str, (u32, u32)); 4] = [
+/// What is tried, and the first kernel that must have each: the modes, `perf` with
+/// stacks walked by tail calls, and the prefilter.
+const MODES: [(&str, (u32, u32)); 5] = [
     ("session", (6, 13)),
     ("multi", (6, 6)),
     ("perf", (5, 15)),
     ("tail-calls", (5, 15)),
+    ("prefilter", (5, 15)),
 ];
 
 /// Instructions that a verifier may look at in one program, half of what it would
