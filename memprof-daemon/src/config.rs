@@ -3,11 +3,33 @@
 use memprof_common::limits::MAX_SAMPLE_INTERVAL_BYTES;
 use serde::{Deserialize, Serialize};
 
+use crate::filter::Filters;
+
 /// The settings that can be changed while processes are traced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Mean sampling gap; 1 takes every allocation, 0 none.
     pub sample_interval_bytes: u64,
+    /// Which processes are traced, where all could be.
+    #[serde(default)]
+    pub filters: Filters,
+    /// Nothing is sampled until this is taken back, whatever the interval.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// A change of some of them; what is none stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ConfigChange {
+    /// See [`Config::sample_interval_bytes`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_interval_bytes: Option<u64>,
+    /// See [`Config::filters`]; replaces all rules.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filters: Option<Filters>,
+    /// See [`Config::paused`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paused: Option<bool>,
 }
 
 /// The body of `PUT /v1/config`. A misspelt field must not be ignored: nothing
@@ -19,10 +41,30 @@ struct ConfigBody {
     sample_interval: Option<String>,
     #[serde(default)]
     sample_interval_bytes: Option<u64>,
+    #[serde(default)]
+    filters: Option<Filters>,
+    #[serde(default)]
+    paused: Option<bool>,
 }
 
 impl Config {
-    /// Reads `{"sample_interval_bytes": 65536}` or `{"sample_interval": "64KiB"}`.
+    /// The settings after a change.
+    #[must_use]
+    pub fn changed(&self, change: ConfigChange) -> Self {
+        Self {
+            sample_interval_bytes: change
+                .sample_interval_bytes
+                .unwrap_or(self.sample_interval_bytes),
+            filters: change.filters.unwrap_or_else(|| self.filters.clone()),
+            paused: change.paused.unwrap_or(self.paused),
+        }
+    }
+}
+
+impl ConfigChange {
+    /// Reads `{"sample_interval_bytes": 65536}` or `{"sample_interval": "64KiB"}`, and
+    /// `{"filters": {"include": ["comm=redis*"], "exclude": []}, "paused": true}`, each field
+    /// alone or with others.
     ///
     /// # Errors
     ///
@@ -30,17 +72,26 @@ impl Config {
     pub fn parse(body: &[u8]) -> Result<Self, String> {
         let body: ConfigBody = serde_json::from_slice(body).map_err(|error| error.to_string())?;
         let sample_interval_bytes = match (body.sample_interval, body.sample_interval_bytes) {
-            (Some(text), None) => parse_interval(&text)?,
-            (None, Some(bytes)) => check_interval(bytes)?,
-            _ => {
+            (Some(text), None) => Some(parse_interval(&text)?),
+            (None, Some(bytes)) => Some(check_interval(bytes)?),
+            (None, None) => None,
+            (Some(_), Some(_)) => {
                 return Err("one of sample_interval, such as \"64KiB\", and \
-                            sample_interval_bytes is needed"
+                            sample_interval_bytes will do"
                     .to_owned());
             }
         };
-        Ok(Self {
+        let change = Self {
             sample_interval_bytes,
-        })
+            filters: body.filters,
+            paused: body.paused,
+        };
+        if change == Self::default() {
+            return Err("nothing is to be changed: sample_interval, \
+                        sample_interval_bytes, filters or paused is needed"
+                .to_owned());
+        }
+        Ok(change)
     }
 }
 
@@ -102,8 +153,9 @@ mod tests {
             (r#"{"sample_interval_bytes": 0}"#, 0),
             (r#"{"sample_interval_bytes": 4294967295}"#, 4_294_967_295),
         ] {
-            let config = Config::parse(body.as_bytes()).unwrap();
-            assert_eq!(config.sample_interval_bytes, bytes, "{body}");
+            let change = ConfigChange::parse(body.as_bytes()).unwrap();
+            assert_eq!(change.sample_interval_bytes, Some(bytes), "{body}");
+            assert_eq!((change.filters, change.paused), (None, None));
         }
         for body in [
             "",
@@ -119,8 +171,49 @@ mod tests {
             r#"{"sample_interval_bytes": 4294967296}"#,
             r#"{"sample_interval": "1", "sample_interval_bytes": 1}"#,
             r#"{"sample_interval": "1", "stack_depth": 3}"#,
+            r#"{"paused": null}"#,
+            r#"{"paused": "yes"}"#,
+            r#"{"filters": []}"#,
+            r#"{"filters": {"include": ["comm"]}}"#,
+            r#"{"filters": {"include": [], "only": []}}"#,
         ] {
-            assert!(Config::parse(body.as_bytes()).is_err(), "{body}");
+            assert!(ConfigChange::parse(body.as_bytes()).is_err(), "{body}");
         }
+    }
+
+    /// Check that a change changes what it names and nothing else, rules as a whole, and that
+    /// settings as they are shown can be sent back.
+    #[test]
+    fn changes() {
+        let change = |body: &str| ConfigChange::parse(body.as_bytes()).unwrap();
+        let mut config = Config {
+            sample_interval_bytes: 4096,
+            filters: Filters::default(),
+            paused: false,
+        };
+        for (body, shown) in [
+            (
+                r#"{"paused": true}"#,
+                r#"{"sample_interval_bytes":4096,"filters":{"include":[],"exclude":[]},"paused":true}"#,
+            ),
+            (
+                r#"{"filters": {"include": ["comm=a"]}, "sample_interval": "1"}"#,
+                r#"{"sample_interval_bytes":1,"filters":{"include":["comm=a"],"exclude":[]},"paused":true}"#,
+            ),
+            (
+                r#"{"filters": {"exclude": ["uid=3"]}, "paused": false}"#,
+                r#"{"sample_interval_bytes":1,"filters":{"include":[],"exclude":["uid=3"]},"paused":false}"#,
+            ),
+        ] {
+            config = config.changed(change(body));
+            assert_eq!(serde_json::to_string(&config).unwrap(), shown, "{body}");
+            assert_eq!(config.changed(change(shown)), config);
+            assert_eq!(serde_json::from_str::<Config>(shown).unwrap(), config);
+        }
+        let partial = change(r#"{"paused": false}"#);
+        assert_eq!(
+            serde_json::to_string(&partial).unwrap(),
+            r#"{"paused":false}"#
+        );
     }
 }

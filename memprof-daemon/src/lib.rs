@@ -28,6 +28,7 @@ pub mod cli;
 pub mod config;
 pub mod decode;
 pub mod export;
+pub mod filter;
 pub mod interval;
 pub mod ledger;
 pub mod pipeline;

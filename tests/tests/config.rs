@@ -138,5 +138,8 @@ fn bad_bodies() {
     );
     let answer = put(&daemon, r#"{"sample_interval_bytes": 4096}"#);
     assert_eq!(answer.json()["sample_interval_bytes"], 4096);
+    // As it is shown, it can be sent back.
+    let shown = daemon.get("/v1/config").json();
+    assert_eq!(put(&daemon, &shown.to_string()).json(), shown);
     daemon.stop();
 }

@@ -8,7 +8,7 @@ use hyper::Method;
 
 use super::{client::request, socket::DEFAULT_SOCKET};
 use crate::{
-    config::{Config, parse_interval},
+    config::{Config, ConfigChange, parse_interval},
     export::units,
 };
 
@@ -28,11 +28,12 @@ pub(super) struct ConfigArgs {
 
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     let (method, body) = match args.sample_interval {
-        Some(sample_interval_bytes) => {
-            let config = Config {
-                sample_interval_bytes,
+        Some(_) => {
+            let change = ConfigChange {
+                sample_interval_bytes: args.sample_interval,
+                ..ConfigChange::default()
             };
-            (Method::PUT, serde_json::to_string(&config)?)
+            (Method::PUT, serde_json::to_string(&change)?)
         }
         None => (Method::GET, String::new()),
     };

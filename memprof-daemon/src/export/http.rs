@@ -9,13 +9,14 @@
 //! | `GET /v1/stats` | what the tracer tells about itself, JSON |
 //! | `GET /healthz` | `ok` |
 //!
-//! The settings are `{"sample_interval_bytes": 65536}`; a `PUT` may say
-//! `{"sample_interval": "64KiB"}` instead. A change is for all processes, from
-//! their next call on. What was sampled before keeps its weight.
+//! The settings are `{"sample_interval_bytes": 65536, "filters": {"include":
+//! ["comm=redis*"], "exclude": []}, "paused": false}`. A `PUT` changes those that it
+//! names, and may say `"sample_interval": "64KiB"`. A change is for all processes,
+//! from their next call on. What was sampled before keeps its weight.
 //!
 //! An error is `{"error": "..."}` with a status: 400 for a parameter or a body that
 //! makes no sense, 404 for a process or a path that is not there, 405 for another
-//! method, 503 while the daemon ends.
+//! method, 409 for a change that makes no sense for this daemon, 503 while it ends.
 
 mod body;
 
@@ -34,7 +35,7 @@ use thiserror::Error;
 
 use self::body::written;
 use super::{Format, profile::Profile};
-use crate::config::Config;
+use crate::config::{Config, ConfigChange};
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -42,6 +43,9 @@ pub enum BackendError {
     /// The process is not traced.
     #[error("process {0} is not traced")]
     NoSuchProcess(u32),
+    /// It makes no sense for this daemon.
+    #[error("{0}")]
+    Refused(String),
     /// The daemon is ending.
     #[error("the daemon is ending")]
     Ended,
@@ -62,10 +66,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// The settings in force.
     fn config(&self) -> impl Future<Output = Result<Config, BackendError>> + Send;
 
-    /// Puts settings in force, and returns them.
+    /// Changes settings, and returns those in force.
     fn set_config(
         &self,
-        config: Config,
+        change: ConfigChange,
     ) -> impl Future<Output = Result<Config, BackendError>> + Send;
 
     /// The traced processes.
@@ -85,6 +89,7 @@ impl From<BackendError> for ApiError {
     fn from(error: BackendError) -> Self {
         let status = match error {
             BackendError::NoSuchProcess(_) => StatusCode::NOT_FOUND,
+            BackendError::Refused(_) => StatusCode::CONFLICT,
             BackendError::Ended => StatusCode::SERVICE_UNAVAILABLE,
             BackendError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -133,9 +138,9 @@ async fn set_config<B: Backend>(
     State(backend): State<B>,
     body: Bytes,
 ) -> Result<Response, ApiError> {
-    let config =
-        Config::parse(&body).map_err(|message| ApiError(StatusCode::BAD_REQUEST, message))?;
-    Ok(Json(backend.set_config(config).await?).into_response())
+    let change =
+        ConfigChange::parse(&body).map_err(|message| ApiError(StatusCode::BAD_REQUEST, message))?;
+    Ok(Json(backend.set_config(change).await?).into_response())
 }
 
 async fn stats<B: Backend>(State(backend): State<B>) -> Result<Response, ApiError> {

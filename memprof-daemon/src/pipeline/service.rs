@@ -1,8 +1,11 @@
 //! Answers to the HTTP API.
 
-use super::{capture::Capture, tracer::TracerHandle};
+use super::{
+    capture::Capture,
+    tracer::{ConfigError, TracerHandle},
+};
 use crate::{
-    config::Config,
+    config::{Config, ConfigChange},
     export::{
         http::{Backend, BackendError},
         profile::Profile,
@@ -60,12 +63,14 @@ impl Backend for Service {
         self.tracer.config().await.ok_or(BackendError::Ended)
     }
 
-    async fn set_config(&self, config: Config) -> Result<Config, BackendError> {
-        self.tracer
-            .set_config(config)
-            .await
+    async fn set_config(&self, change: ConfigChange) -> Result<Config, BackendError> {
+        let answer = self.tracer.set_config(change).await;
+        answer
             .ok_or(BackendError::Ended)?
-            .map_err(|error| BackendError::Failed(format!("cannot tell the BPF programs: {error}")))
+            .map_err(|error| match error {
+                ConfigError::Refused(_) => BackendError::Refused(error.to_string()),
+                ConfigError::Map(_) => BackendError::Failed(error.to_string()),
+            })
     }
 
     async fn processes(&self) -> Result<serde_json::Value, BackendError> {

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use aya::maps::MapError;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
+    config::ConfigError,
     prefilter::Hooked,
 };
 use crate::{
-    config::Config,
+    config::{Config, ConfigChange},
     pipeline::{
         capture::Capture,
         install::{Holder, Job},
@@ -68,8 +68,8 @@ pub(in crate::pipeline) enum Command {
         reply: oneshot::Sender<Config>,
     },
     SetConfig {
-        config: Config,
-        reply: oneshot::Sender<Result<Config, MapError>>,
+        change: ConfigChange,
+        reply: oneshot::Sender<Result<Config, ConfigError>>,
     },
     Processes {
         reply: oneshot::Sender<Vec<ProcessSummary>>,
@@ -159,12 +159,12 @@ impl TracerHandle {
         answer.await.ok()
     }
 
-    /// Puts settings in force, for all processes or for none; none if the tracer
-    /// has ended.
-    pub async fn set_config(&self, config: Config) -> Option<Result<Config, MapError>> {
+    /// Changes settings, for all processes or for none; none if the tracer has
+    /// ended.
+    pub async fn set_config(&self, change: ConfigChange) -> Option<Result<Config, ConfigError>> {
         let (reply, answer) = oneshot::channel();
         self.commands
-            .send(Command::SetConfig { config, reply })
+            .send(Command::SetConfig { change, reply })
             .await
             .ok()?;
         answer.await.ok()

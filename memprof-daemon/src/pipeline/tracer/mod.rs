@@ -39,7 +39,7 @@ use tokio::{
 use tracing::{error, warn};
 
 use self::handle::Command;
-pub use self::handle::TracerHandle;
+pub use self::{config::ConfigError, handle::TracerHandle};
 use super::{
     prober::ProberHandle, scan::Scanner, stack_copies::StackCopies, tables::TableStore,
     target::Target,
@@ -343,8 +343,8 @@ impl Tracer {
             Command::Config { reply } => {
                 let _ = reply.send(self.config());
             }
-            Command::SetConfig { config, reply } => {
-                let result = self.set_config(config);
+            Command::SetConfig { change, reply } => {
+                let result = self.set_config(change);
                 let _ = reply.send(result);
             }
             Command::Stats { reply } => {
