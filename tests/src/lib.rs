@@ -5,6 +5,7 @@
 //! compiler, Go's pprof) fails the test that needs it.
 
 pub mod code;
+pub mod container;
 pub mod daemon;
 pub mod debuginfod;
 pub mod dir;

@@ -21,8 +21,15 @@ pub struct TopLine {
 /// What `go tool pprof -top` says of `file`, without a cut.
 #[must_use]
 pub fn top(dir: &TempDir, file: impl AsRef<Path>, sample_index: &str) -> Vec<TopLine> {
-    let finished = run(dir, file.as_ref(), sample_index);
-    finished.expect_code(0);
+    let index = format!("-sample_index={sample_index}");
+    let options = [
+        "-top",
+        "-unit=B",
+        "-nodefraction=0",
+        "-nodecount=100000",
+        &index,
+    ];
+    let finished = run(dir, &options, file.as_ref());
     assert!(
         finished.stdout.contains(&format!("Type: {sample_index}")),
         "{finished}"
@@ -30,23 +37,24 @@ pub fn top(dir: &TempDir, file: impl AsRef<Path>, sample_index: &str) -> Vec<Top
     parse_top(&finished.stdout)
 }
 
-fn run(dir: &TempDir, file: &Path, sample_index: &str) -> Finished {
+/// What `go tool pprof -tags` says of `file`: the labels of its samples.
+#[must_use]
+pub fn tags(dir: &TempDir, file: impl AsRef<Path>) -> String {
+    run(dir, &["-tags"], file.as_ref()).stdout
+}
+
+fn run(dir: &TempDir, options: &[&str], file: &Path) -> Finished {
     let mut command = Command::new("go");
     command
-        .args([
-            "tool",
-            "pprof",
-            "-top",
-            "-unit=B",
-            "-nodefraction=0",
-            "-nodecount=100000",
-        ])
-        .arg(format!("-sample_index={sample_index}"))
+        .args(["tool", "pprof"])
+        .args(options)
         .arg(file)
         .env("HOME", dir.path())
         .env("PPROF_TMPDIR", dir.path())
         .env("GOTOOLCHAIN", "local");
-    Running::spawn(&mut command).finish_within(LONG_LIMIT)
+    let finished = Running::spawn(&mut command).finish_within(LONG_LIMIT);
+    finished.expect_code(0);
+    finished
 }
 
 /// ```text

@@ -56,6 +56,16 @@ pub struct Process {
     pub comm: String,
     /// Path of its program.
     pub exe: String,
+    /// Effective user id.
+    pub uid: u32,
+    /// Its ids in the pid namespaces that it is in, memprof's own first.
+    pub namespace_pids: Vec<u32>,
+    /// Path of its cgroup.
+    pub cgroup: String,
+    /// The container that the path names.
+    pub container: Option<Container>,
+    /// The systemd unit that it names.
+    pub unit: Option<String>,
     /// It has ended, or replaced its program.
     pub exited: bool,
     /// How its calls were looked at.
@@ -74,6 +84,17 @@ pub struct Process {
     pub estimates: Estimates,
     /// Its stacks.
     pub stacks: Vec<Stack>,
+}
+
+/// A container.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+pub struct Container {
+    /// Who made it.
+    pub runtime: Option<String>,
+    /// Its id.
+    pub id: String,
+    /// The uid of its pod.
+    pub pod_uid: Option<String>,
 }
 
 /// Exact numbers of calls.

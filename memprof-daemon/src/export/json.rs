@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 use self::frames::{Frames, Written};
 use crate::export::{
     numbers::{Numbers, by_inuse},
-    profile::{ProbeSite, ProcessProfile, Profile, StackProfile},
+    profile::{Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
     totals::{CallTotals, SizeClass},
 };
 
@@ -113,6 +113,8 @@ struct Process<'a> {
     pid: u32,
     comm: &'a str,
     exe: &'a str,
+    #[serde(flatten)]
+    origin: &'a Origin,
     start_time: String,
     exited: bool,
     engine: &'static str,
@@ -142,6 +144,7 @@ impl<'a> Process<'a> {
             pid: process.pid,
             comm: &process.comm,
             exe: &process.exe,
+            origin: &process.origin,
             start_time: rfc_3339(process.start_time),
             exited: process.exited,
             engine: process.engine.name(),

@@ -135,23 +135,44 @@ impl Builder {
         }
     }
 
-    fn process(&mut self, process: &ProcessProfile, labelled: bool) {
-        let label = if labelled {
-            vec![
-                proto::Label {
-                    key: self.string("pid"),
-                    str: 0,
-                    num: i64::from(process.pid),
-                },
-                proto::Label {
-                    key: self.string("comm"),
-                    str: self.string(&process.comm),
+    /// Which process it is, if there are several; and what of its origin is known.
+    fn labels(&mut self, process: &ProcessProfile, labelled: bool) -> Vec<proto::Label> {
+        let mut labels = Vec::new();
+        if labelled {
+            labels.push(proto::Label {
+                key: self.string("pid"),
+                str: 0,
+                num: i64::from(process.pid),
+            });
+        }
+        let cgroup = &process.origin.cgroup;
+        let container = cgroup.container.as_ref();
+        let texts = [
+            ("comm", labelled.then_some(process.comm.as_str())),
+            (
+                "container_id",
+                container.map(|container| container.id.as_str()),
+            ),
+            (
+                "pod_uid",
+                container.and_then(|container| container.pod_uid.as_deref()),
+            ),
+            ("unit", cgroup.unit.as_deref()),
+        ];
+        for (key, text) in texts {
+            if let Some(text) = text {
+                labels.push(proto::Label {
+                    key: self.string(key),
+                    str: self.string(text),
                     num: 0,
-                },
-            ]
-        } else {
-            Vec::new()
-        };
+                });
+            }
+        }
+        labels
+    }
+
+    fn process(&mut self, process: &ProcessProfile, labelled: bool) {
+        let label = self.labels(process, labelled);
         let mut known: HashMap<*const Frame, u64> = HashMap::new();
         for (stack, numbers) in by_inuse(process) {
             if numbers.is_zero() {

@@ -8,7 +8,7 @@ use std::{
 
 use memprof_common::unwind::walk::StackEnd;
 
-pub use crate::process::info::ProcessMemory;
+pub use crate::process::{info::ProcessMemory, origin::Origin};
 use crate::{
     export::totals::ExactTotals, ledger::snapshot::StackCounters, symbolize::frame::Frame,
 };
@@ -101,6 +101,8 @@ pub struct ProcessProfile {
     pub comm: String,
     /// Path of its program.
     pub exe: String,
+    /// Its user, pid namespaces and cgroup.
+    pub origin: Origin,
     /// When it was started.
     pub start_time: SystemTime,
     /// It has ended, or replaced its program.

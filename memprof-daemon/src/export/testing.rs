@@ -15,12 +15,14 @@ use crate::{
     address::{AbsAddr, FileOffset},
     export::{
         profile::{
-            Engine, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile, StackProfile,
+            Engine, Origin, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile,
+            StackProfile,
         },
         totals::{CallTotals, ExactTotals, SizeClass},
     },
     ledger::snapshot::StackCounters,
     process::{
+        cgroup::Cgroup,
         debug_info::DebugInfo,
         mapping::{MappedFile, Mapping},
     },
@@ -115,6 +117,7 @@ pub(crate) fn profile() -> Profile {
                 pid: 4242,
                 comm: "leaky;app".to_owned(),
                 exe: "/opt/leaky/app".to_owned(),
+                origin: contained(),
                 start_time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_789_999_000),
                 exited: false,
                 engine: Engine::Prefilter,
@@ -135,6 +138,10 @@ pub(crate) fn profile() -> Profile {
                 pid: 4243,
                 comm: "other".to_owned(),
                 exe: "/opt/other/app".to_owned(),
+                origin: Origin {
+                    namespace_pids: vec![4243],
+                    ..Origin::default()
+                },
                 start_time: SystemTime::UNIX_EPOCH,
                 exited: true,
                 engine: Engine::UprobeSince("it is traced by gdb (pid 7)".to_owned()),
@@ -149,6 +156,19 @@ pub(crate) fn profile() -> Profile {
                 )],
             },
         ],
+    }
+}
+
+/// Of a pod's container.
+fn contained() -> Origin {
+    let id = "0123456789abcdef".repeat(4);
+    let pod = "0e7d3c1a_94b8_4f6c_8d21_5a0b9c7e6f32";
+    Origin {
+        uid: 33,
+        namespace_pids: vec![4242, 7],
+        cgroup: Cgroup::at(format!(
+            "/kubepods.slice/kubepods-pod{pod}.slice/crio-{id}.scope"
+        )),
     }
 }
 

@@ -119,6 +119,7 @@ impl Capture {
                 pid: image.info.pid,
                 comm: image.info.comm,
                 exe: image.info.exe,
+                origin: image.info.origin,
                 start_time: image.info.start_time,
                 exited: image.exited,
                 engine: image.engine,

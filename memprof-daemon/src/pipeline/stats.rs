@@ -8,6 +8,7 @@ use super::versions::StackVersions;
 use crate::{
     export::totals::{CallTotals, ExactTotals, SizeClass},
     ledger::EventTally,
+    process::origin::Origin,
 };
 
 /// The tracer at one moment.
@@ -59,6 +60,9 @@ pub struct ProcessSummary {
     pub comm: String,
     /// Path of its program.
     pub exe: String,
+    /// Its user, pid namespaces and cgroup; as yet unknown while it is scanned.
+    #[serde(flatten)]
+    pub origin: Option<Origin>,
     /// `scanning`, `attaching`, `tracing` or `ended`.
     pub state: &'static str,
     /// Files with probed functions.

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::elf::{self, Class};
+use super::{
+    elf::{self, Class},
+    origin::Origin,
+};
 
 /// The unit of times in `/proc/PID/stat`: `USER_HZ` is 100 on x86-64, whatever
 /// `CONFIG_HZ` is (include/asm-generic/param.h).
@@ -119,6 +122,8 @@ pub struct ProcessInfo {
     /// When it was started, in hundredths of a second since boot: with `pid` it
     /// names one process.
     pub start_ticks: u64,
+    /// Its user, pid namespaces and cgroup.
+    pub origin: Origin,
 }
 
 impl ProcessInfo {
@@ -168,6 +173,7 @@ impl ProcessInfo {
             start_time: boot_time(pid)?
                 + Duration::from_millis(stat.start_ticks * (1000 / TICKS_PER_SECOND)),
             start_ticks: stat.start_ticks,
+            origin: Origin::read(pid, &status),
         })
     }
 }
@@ -349,6 +355,9 @@ mod tests {
         let age = SystemTime::now().duration_since(info.start_time).unwrap();
         assert!(age < Duration::from_secs(3600), "{age:?}");
         assert_eq!(start_ticks(pid).unwrap(), info.start_ticks);
+        assert_eq!(info.origin.uid, nix::unistd::geteuid().as_raw());
+        assert_eq!(info.origin.namespace_pids, [pid]);
+        assert!(info.origin.cgroup.path.starts_with('/'));
         let memory = read_memory(pid).unwrap();
         assert!(memory.rss_bytes > 1 << 20 && memory.rss_bytes <= memory.virtual_bytes);
         assert!(memory.rss_anon_bytes + memory.rss_file_bytes <= memory.rss_bytes);

@@ -1,5 +1,6 @@
 //! Processes: what they map, who they are, when they end.
 
+pub mod cgroup;
 pub mod content;
 pub mod debug_info;
 pub mod elf;
@@ -9,4 +10,5 @@ pub mod history;
 pub mod info;
 pub mod mapping;
 pub mod maps;
+pub mod origin;
 pub mod perf_map;

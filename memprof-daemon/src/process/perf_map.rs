@@ -16,6 +16,7 @@ use self::index::Index;
 use super::{
     files::open_below,
     mapping::{Mapping, MappingLookup, MappingTable},
+    origin,
 };
 use crate::address::AbsAddr;
 
@@ -39,9 +40,7 @@ const SAMPLE_BYTES: usize = 64;
 pub fn open(pid: u32, started: SystemTime) -> io::Result<PerfMap> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     // In the innermost pid namespace, the last number, it knows itself by.
-    let own_pid = status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last())
+    let own_pid = origin::own_pid(&status)
         .ok_or_else(|| io::Error::other("/proc/PID/status has no NSpid"))?;
     let owner = std::fs::metadata(format!("/proc/{pid}"))?.uid();
     let file = open_below(

@@ -44,6 +44,9 @@ fn schema_refuses_broken_documents() {
         ("/sample_interval_bytes", json!(-1)),
         ("/probe/sites/0", json!({"module": "/lib/libc.so"})),
         ("/processes/0/pid", json!("4242")),
+        ("/processes/0/namespace_pids", json!([])),
+        ("/processes/0/container", json!({"id": "01"})),
+        ("/processes/0/container/runtime", json!("rkt")),
         ("/processes/0/memory", json!({"rss_bytes": 1})),
         ("/processes/0/losses/alloc_ring_full", json!(1.5)),
         ("/processes/0/totals/free_calls", json!(-1)),
@@ -85,6 +88,27 @@ fn content() {
     assert_eq!(
         leaky["losses"],
         json!({"alloc_ring_full": 12, "live_map_full": 0})
+    );
+    assert_eq!(leaky["uid"], 33);
+    assert_eq!(leaky["namespace_pids"], json!([4242, 7]));
+    assert_eq!(
+        leaky["container"],
+        json!({
+            "runtime": "cri-o",
+            "id": "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+            "pod_uid": "0e7d3c1a-94b8-4f6c-8d21-5a0b9c7e6f32",
+        })
+    );
+    assert_eq!(
+        leaky["slice"],
+        "kubepods-pod0e7d3c1a_94b8_4f6c_8d21_5a0b9c7e6f32.slice"
+    );
+    let other = &document["processes"][1];
+    assert_eq!(other["namespace_pids"], json!([4243]));
+    assert_eq!(other["container"], Value::Null);
+    assert_eq!(
+        (&other["cgroup"], &other["unit"]),
+        (&json!(""), &Value::Null)
     );
     assert_eq!(leaky["memory"]["rss_anon_bytes"], 42_000_000);
     assert_eq!(document["processes"][1]["memory"], Value::Null);

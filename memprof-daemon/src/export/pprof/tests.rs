@@ -4,7 +4,7 @@ use std::{
 };
 
 use super::*;
-use crate::export::testing;
+use crate::{export::testing, process::cgroup::Cgroup};
 
 /// The message as a reader has it.
 fn decoded(profile: &Profile) -> proto::Profile {
@@ -148,12 +148,35 @@ fn locations_have_their_mapping() {
     assert!(!library.has_functions && !library.has_line_numbers);
 }
 
-/// Check that samples of a single process need no labels to tell them apart.
+/// Check that samples of a single process need no labels to tell them apart, but say which
+/// container or unit they are of.
 #[test]
-fn one_process_has_no_labels() {
+fn labels_of_one_process() {
     let mut profile = testing::profile();
-    profile.processes.truncate(1);
-    let message = decoded(&profile);
-    assert!(!message.sample.is_empty());
-    assert!(message.sample.iter().all(|sample| sample.label.is_empty()));
+    let process = profile.processes.remove(0);
+    profile.processes = vec![process];
+    let labels = |profile: &Profile| {
+        let message = decoded(profile);
+        let texts = |sample: &proto::Sample| -> Vec<(String, String)> {
+            let texts = sample.label.iter().map(|label| {
+                let text = |place| string(&message, place).to_owned();
+                (text(label.key), text(label.str))
+            });
+            texts.collect()
+        };
+        let mut all: Vec<_> = message.sample.iter().map(texts).collect();
+        all.dedup();
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.remove(0)
+    };
+    let id = "0123456789abcdef".repeat(4);
+    let expected = [
+        ("container_id", id.as_str()),
+        ("pod_uid", "0e7d3c1a-94b8-4f6c-8d21-5a0b9c7e6f32"),
+        ("unit", &format!("crio-{id}.scope")),
+    ];
+    let expected = expected.map(|(key, text)| (key.to_owned(), text.to_owned()));
+    assert_eq!(labels(&profile), expected);
+    profile.processes[0].origin.cgroup = Cgroup::default();
+    assert_eq!(labels(&profile), []);
 }

@@ -10,13 +10,16 @@ use super::{
     Report,
     terminal::{Style, printable},
 };
-use crate::export::{
-    json::rfc_3339,
-    losses,
-    numbers::Numbers,
-    profile::ProcessProfile,
-    totals::{CallTotals, ExactTotals},
-    units,
+use crate::{
+    export::{
+        json::rfc_3339,
+        losses,
+        numbers::Numbers,
+        profile::ProcessProfile,
+        totals::{CallTotals, ExactTotals},
+        units,
+    },
+    process::cgroup::{Container, Runtime},
 };
 
 /// Classes of sizes that are shown.
@@ -26,9 +29,13 @@ impl<W: Write> Report<'_, W> {
     pub(super) fn header(&mut self, process: &ProcessProfile, total: &Numbers) -> io::Result<()> {
         let Style { bold, plain, .. } = self.style;
         let profile = self.profile;
+        let inner = match process.origin.inner_pid() {
+            Some(inner) => format!(", {inner} in its namespace"),
+            None => String::new(),
+        };
         write!(
             self.out,
-            "{bold}{} (pid {}){plain}  {}",
+            "{bold}{} (pid {}{inner}){plain}  {}",
             printable(&process.comm),
             process.pid,
             printable(&process.exe)
@@ -93,6 +100,12 @@ impl<W: Write> Report<'_, W> {
             None => process.engine.name().to_owned(),
         };
         self.fact("engine", &engine)?;
+        let cgroup = &process.origin.cgroup;
+        if let Some(container) = &cgroup.container {
+            self.fact("container", &in_words(container))?;
+        } else if let Some(unit) = &cgroup.unit {
+            self.fact("unit", &printable(unit))?;
+        }
         self.fact("captured", &rfc_3339(profile.captured_at))
     }
 
@@ -137,6 +150,17 @@ fn range(estimate: u64, [low, high]: [u64; 2]) -> String {
     } else {
         format!(" ({range})")
     }
+}
+
+/// `docker 0123456789ab, pod 0e7d3c1a-…`: as much of the id as runtimes show themselves.
+fn in_words(container: &Container) -> String {
+    let runtime = container.runtime.map_or("", Runtime::name);
+    let id = container.id.get(..12).unwrap_or(&container.id);
+    let mut text = format!("{runtime} {id}").trim_start().to_owned();
+    if let Some(pod_uid) = &container.pod_uid {
+        text += &format!(", pod {pod_uid}");
+    }
+    text
 }
 
 /// Exact numbers of calls, and how often that is.

@@ -54,7 +54,10 @@ fn nothing_sampled() {
         profile.coarsest_interval_bytes = interval;
         let text = text(&profile, &Options::default());
         assert!(text.contains(hint), "{text}");
-        assert!(text.contains("leaky;app (pid 4242)"), "{text}");
+        assert!(
+            text.contains("leaky;app (pid 4242, 7 in its namespace)"),
+            "{text}"
+        );
         assert!(!text.contains("Lost or late"), "{text}");
     }
     profile.processes.clear();
@@ -98,7 +101,7 @@ fn no_foreign_control_characters() {
     let mut profile = testing::profile();
     profile.processes[0].comm = "\x1b]0;owned\x07\n".to_owned();
     let text = text(&profile, &Options::default());
-    assert!(text.starts_with("?]0;owned?? (pid 4242)"), "{text}");
+    assert!(text.starts_with("?]0;owned?? (pid 4242, 7 in"), "{text}");
     assert!(!text.contains('\x1b'));
 
     let options = Options {

@@ -82,6 +82,7 @@ impl Tracer {
                     pid,
                     comm: info.map(|info| info.comm.clone()).unwrap_or_default(),
                     exe: info.map(|info| info.exe.clone()).unwrap_or_default(),
+                    origin: info.map(|info| info.origin.clone()),
                     state: target.state.name(),
                     modules: target.modules.iter().cloned().collect(),
                 }
