@@ -20,7 +20,8 @@ use crate::export::{
 };
 
 /// Writes folded stacks with one of their values. Stacks without any are left
-/// out.
+/// out; in the profile of a window also those that hold less than before, since flame
+/// graphs have no numbers below zero.
 ///
 /// # Errors
 ///
@@ -43,7 +44,7 @@ pub fn write(profile: &Profile, value_type: ValueType, out: &mut dyn Write) -> i
     }
     for (line, counters) in folded {
         let value = Numbers::total(counters).value(value_type);
-        if value != 0 {
+        if value > 0 {
             writeln!(out, "{line} {value}")?;
         }
     }

@@ -38,6 +38,8 @@ struct Document<'a> {
     schema: &'static str,
     captured_at: String,
     duration_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    window_s: Option<f64>,
     kernel: &'a str,
     arch: &'a str,
     sample_interval_bytes: u64,
@@ -75,6 +77,7 @@ impl<'a> From<&'a Profile> for Document<'a> {
             schema: SCHEMA,
             captured_at: rfc_3339(profile.captured_at),
             duration_s: seconds(profile.duration),
+            window_s: profile.window.map(seconds),
             kernel: &profile.kernel,
             arch: &profile.arch,
             sample_interval_bytes: profile.sample_interval_bytes,
@@ -189,9 +192,9 @@ struct Estimates {
     alloc_objects: u64,
     alloc_bytes: u64,
     alloc_bytes_ci95: [u64; 2],
-    inuse_objects: u64,
-    inuse_bytes: u64,
-    inuse_bytes_ci95: [u64; 2],
+    inuse_objects: i64,
+    inuse_bytes: i64,
+    inuse_bytes_ci95: [i64; 2],
     samples: u64,
 }
 

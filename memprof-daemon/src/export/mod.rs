@@ -6,6 +6,7 @@ pub mod http;
 pub mod json;
 mod line;
 pub(crate) mod losses;
+pub mod metrics;
 mod numbers;
 pub mod pprof;
 pub mod profile;
@@ -21,6 +22,7 @@ use std::{
     str::FromStr,
 };
 
+pub(crate) use numbers::Numbers;
 pub use numbers::ValueType;
 use profile::Profile;
 
@@ -105,7 +107,7 @@ impl FromStr for Format {
 pub fn write(format: Format, profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
     match format {
         Format::Json => json::write(profile, out),
-        Format::Pprof => pprof::write(profile, out),
+        Format::Pprof => pprof::write(profile, pprof::Options::default(), out),
         Format::Folded => folded::write(profile, ValueType::InuseSpace, out),
         Format::Text => text::write(profile, &text::Options::default(), out),
     }

@@ -61,12 +61,14 @@ impl ValueType {
 pub(crate) struct Numbers {
     pub(crate) alloc_objects: u64,
     pub(crate) alloc_bytes: u64,
-    pub(crate) inuse_objects: u64,
-    pub(crate) inuse_bytes: u64,
+    /// Below zero only in the profile of a window.
+    pub(crate) inuse_objects: i64,
+    /// The same.
+    pub(crate) inuse_bytes: i64,
     /// 95% confidence interval of `alloc_bytes`, its ends rounded outward.
     pub(crate) alloc_bytes_ci95: [u64; 2],
     /// The same of `inuse_bytes`.
-    pub(crate) inuse_bytes_ci95: [u64; 2],
+    pub(crate) inuse_bytes_ci95: [i64; 2],
     pub(crate) samples: u64,
     /// Of `samples`: those not freed.
     pub(crate) live_samples: u64,
@@ -97,6 +99,8 @@ impl Numbers {
         let (mut alloc_objects, mut inuse_objects) = (0.0, 0.0);
         let (mut alloc_bytes, mut inuse_bytes) = (0.0, 0.0);
         let (mut alloc_variance, mut inuse_variance) = (0.0, 0.0);
+        let (mut free_bytes, mut free_variance) = (0.0, 0.0);
+        let mut is_change = false;
         let mut coarsest = sample_interval_bytes;
         let (mut samples, mut live_samples) = (0_u64, 0_u64);
         for counters in all {
@@ -106,33 +110,47 @@ impl Numbers {
             inuse_objects += counters.inuse_objects();
             inuse_bytes += counters.inuse_bytes();
             inuse_variance += counters.inuse_variance();
+            free_bytes += counters.free_bytes;
+            free_variance += counters.free_variance;
+            is_change |= counters.is_change;
             coarsest = coarsest.max(counters.coarsest_interval_bytes);
             samples = samples.saturating_add(counters.samples);
             live_samples = live_samples.saturating_add(counters.live_samples);
         }
+        let allocated = interval_95(alloc_bytes, alloc_variance, coarsest);
+        let inuse = if is_change {
+            change_95(
+                allocated,
+                interval_95(free_bytes, free_variance, coarsest),
+                inuse_bytes,
+            )
+        } else {
+            interval_95(inuse_bytes, inuse_variance, coarsest)
+        };
         Self {
-            alloc_objects: round(alloc_objects),
-            alloc_bytes: round(alloc_bytes),
+            alloc_objects: round(alloc_objects).unsigned_abs(),
+            alloc_bytes: round(alloc_bytes).unsigned_abs(),
             inuse_objects: round(inuse_objects),
             inuse_bytes: round(inuse_bytes),
-            alloc_bytes_ci95: outward(interval_95(alloc_bytes, alloc_variance, coarsest)),
-            inuse_bytes_ci95: outward(interval_95(inuse_bytes, inuse_variance, coarsest)),
+            alloc_bytes_ci95: outward(allocated).map(i64::unsigned_abs),
+            inuse_bytes_ci95: outward(inuse),
             samples,
             live_samples,
         }
     }
 
     /// One of the four.
-    pub(crate) const fn value(&self, value_type: ValueType) -> u64 {
+    pub(crate) fn value(&self, value_type: ValueType) -> i64 {
+        let signed = |number| i64::try_from(number).unwrap_or(i64::MAX);
         match value_type {
-            ValueType::AllocObjects => self.alloc_objects,
-            ValueType::AllocSpace => self.alloc_bytes,
+            ValueType::AllocObjects => signed(self.alloc_objects),
+            ValueType::AllocSpace => signed(self.alloc_bytes),
             ValueType::InuseObjects => self.inuse_objects,
             ValueType::InuseSpace => self.inuse_bytes,
         }
     }
 
-    /// None of the four is more than 0.
+    /// All four are 0.
     pub(crate) fn is_zero(&self) -> bool {
         ValueType::ALL.iter().all(|&value| self.value(value) == 0)
     }
@@ -140,15 +158,24 @@ impl Numbers {
 
 #[expect(
     clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
     reason = "the cast saturates, and makes 0 of what is no number"
 )]
-fn round(estimate: f64) -> u64 {
-    estimate.round() as u64
+fn round(estimate: f64) -> i64 {
+    estimate.round() as i64
+}
+
+/// The interval of what is in use more, or less, than before: from the two of what was
+/// allocated and freed meanwhile. It is wider than it would have to be: blocks that were both
+/// are in both, and cancel out.
+fn change_95(allocated: Interval, freed: Interval, change: f64) -> Interval {
+    Interval {
+        low: (allocated.low - freed.high).min(change),
+        high: (allocated.high - freed.low).max(change),
+    }
 }
 
 /// The ends of an interval as whole numbers that still hold it.
-fn outward(interval: Interval) -> [u64; 2] {
+fn outward(interval: Interval) -> [i64; 2] {
     [round(interval.low.floor()), round(interval.high.ceil())]
 }
 
@@ -157,20 +184,20 @@ fn outward(interval: Interval) -> [u64; 2] {
 /// same.
 pub(crate) fn by_inuse(process: &ProcessProfile) -> Vec<(&StackProfile, Numbers)> {
     sorted(process, |numbers| {
-        (numbers.inuse_bytes, numbers.alloc_bytes)
+        (numbers.inuse_bytes, numbers.value(ValueType::AllocSpace))
     })
 }
 
 /// The same with most bytes allocated first.
 pub(crate) fn by_alloc(process: &ProcessProfile) -> Vec<(&StackProfile, Numbers)> {
     sorted(process, |numbers| {
-        (numbers.alloc_bytes, numbers.inuse_bytes)
+        (numbers.value(ValueType::AllocSpace), numbers.inuse_bytes)
     })
 }
 
 fn sorted(
     process: &ProcessProfile,
-    bytes: impl Fn(&Numbers) -> (u64, u64),
+    bytes: impl Fn(&Numbers) -> (i64, i64),
 ) -> Vec<(&StackProfile, Numbers)> {
     let mut stacks: Vec<_> = process
         .stacks
@@ -244,6 +271,32 @@ mod tests {
         let nothing = Numbers::of_process(&process, 65_536);
         assert_eq!(nothing.alloc_bytes_ci95, [0, 251_754]);
         assert_eq!(Numbers::of_process(&process, 1).alloc_bytes_ci95, [0, 0]);
+    }
+
+    /// Check that a change may be below zero, and that its interval holds it, also where
+    /// all is counted.
+    #[test]
+    fn changes() {
+        let exact = StackCounters {
+            alloc_bytes: 10.0,
+            free_bytes: 30.0,
+            alloc_objects: 1.0,
+            free_objects: 3.0,
+            coarsest_interval_bytes: 1,
+            samples: 1,
+            is_change: true,
+            ..StackCounters::default()
+        };
+        let numbers = Numbers::of(&exact);
+        assert_eq!((numbers.inuse_objects, numbers.inuse_bytes), (-2, -20));
+        assert_eq!(numbers.inuse_bytes_ci95, [-20, -20]);
+        assert_eq!(numbers.value(ValueType::InuseSpace), -20);
+        let sampled = StackCounters {
+            coarsest_interval_bytes: 65_536,
+            ..exact
+        };
+        let [low, high] = Numbers::of(&sampled).inuse_bytes_ci95;
+        assert!(low < -20 && -20 < high, "{low} {high}");
     }
 
     /// Check that stacks are in the same order whatever order they came in.

@@ -1,6 +1,7 @@
 //! pprof's profile.proto, gzip'ed, with the four sample types of Go's heap
 //! profiles: `go tool pprof` and profile stores read it.
 
+pub mod legacy;
 mod proto;
 
 use std::{
@@ -24,27 +25,45 @@ use crate::{
     symbolize::frame::Frame,
 };
 
+/// What of a profile readers are to see first, and how processes are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The values that are shown if no others are asked for.
+    pub default: ValueType,
+    /// Whether samples are labelled with their process also where there is one only.
+    pub labelled: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            default: ValueType::InuseSpace,
+            labelled: false,
+        }
+    }
+}
+
 /// Writes a profile as gzip'ed profile.proto.
 ///
 /// # Errors
 ///
 /// Those of the writer.
-pub fn write(profile: &Profile, out: &mut dyn Write) -> io::Result<()> {
-    let encoded = build(profile).encode_to_vec();
+pub fn write(profile: &Profile, options: Options, out: &mut dyn Write) -> io::Result<()> {
+    let encoded = build(profile, options).encode_to_vec();
     let mut gzip = GzEncoder::new(BufWriter::new(out), Compression::default());
     gzip.write_all(&encoded)?;
     gzip.finish()?.flush()
 }
 
 /// Builds the message.
-fn build(profile: &Profile) -> proto::Profile {
+fn build(profile: &Profile, options: Options) -> proto::Profile {
     let mut builder = Builder::new();
-    builder.header(profile);
+    builder.header(profile, options);
     // Readers take the first mapping for the program's own.
     for process in &profile.processes {
         builder.program_first(process);
     }
-    let label_processes = profile.processes.len() > 1;
+    let label_processes = options.labelled || profile.processes.len() > 1;
     for process in &profile.processes {
         builder.process(process, label_processes);
     }
@@ -96,7 +115,7 @@ impl Builder {
         builder
     }
 
-    fn header(&mut self, profile: &Profile) {
+    fn header(&mut self, profile: &Profile, options: Options) {
         for value_type in ValueType::ALL {
             let sample_type = proto::ValueType {
                 r#type: self.string(value_type.name()),
@@ -104,7 +123,7 @@ impl Builder {
             };
             self.message.sample_type.push(sample_type);
         }
-        self.message.default_sample_type = self.string(ValueType::InuseSpace.name());
+        self.message.default_sample_type = self.string(options.default.name());
         self.message.period_type = Some(proto::ValueType {
             r#type: self.string("space"),
             unit: self.string("bytes"),
@@ -326,7 +345,7 @@ fn next_id<T>(entries: &[T]) -> u64 {
 fn values(numbers: &Numbers) -> Vec<i64> {
     let values = ValueType::ALL.iter();
     values
-        .map(|&value_type| signed(numbers.value(value_type)))
+        .map(|&value_type| numbers.value(value_type))
         .collect()
 }
 

@@ -18,8 +18,11 @@ use crate::{
 pub struct Profile {
     /// When the counters were read.
     pub captured_at: SystemTime,
-    /// From the first attach to `captured_at`.
+    /// From the first attach, or from when counting began anew, to `captured_at`; or of the
+    /// window.
     pub duration: Duration,
+    /// Of a window only, for so long: all numbers are what has changed in it.
+    pub window: Option<Duration>,
     /// Kernel release.
     pub kernel: String,
     /// Machine architecture as `uname -m` has it.

@@ -97,6 +97,7 @@ pub(crate) fn profile() -> Profile {
     Profile {
         captured_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_790_000_000_123),
         duration: Duration::from_millis(30_042),
+        window: None,
         kernel: "6.18.0".to_owned(),
         arch: "x86_64".to_owned(),
         sample_interval_bytes: 524_288,
@@ -272,6 +273,7 @@ fn stack(frames: Vec<Arc<Frame>>, counts: [f64; 4], samples: (u64, u64)) -> Stac
             coarsest_interval_bytes: 524_288,
             samples,
             live_samples,
+            is_change: false,
         },
         frames,
         end: StackEnd::Complete,

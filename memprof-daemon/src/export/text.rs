@@ -106,9 +106,9 @@ enum Table {
 }
 
 impl Table {
-    const fn bytes(self, numbers: &Numbers) -> u64 {
+    fn bytes(self, numbers: &Numbers) -> u64 {
         match self {
-            Self::InUse => numbers.inuse_bytes,
+            Self::InUse => grown(numbers.inuse_bytes),
             Self::Allocated => numbers.alloc_bytes,
         }
     }
@@ -116,10 +116,15 @@ impl Table {
     /// Blocks of 0 bytes count too, if nothing else does.
     const fn has(self, numbers: &Numbers) -> bool {
         match self {
-            Self::InUse => numbers.inuse_bytes != 0 || numbers.inuse_objects != 0,
+            Self::InUse => numbers.inuse_bytes > 0 || numbers.inuse_objects > 0,
             Self::Allocated => numbers.alloc_bytes != 0 || numbers.alloc_objects != 0,
         }
     }
+}
+
+/// What is in use, or has become more in a window; what has become less is in no table.
+fn grown(number: i64) -> u64 {
+    number.max(0).unsigned_abs()
 }
 
 /// How sure a number of bytes is.
@@ -137,7 +142,7 @@ const ROUGH_SAMPLES: u64 = 8;
 /// None where the number is as good as exact.
 fn uncertainty(table: Table, numbers: &Numbers) -> Option<Uncertainty> {
     let ([low, high], samples) = match table {
-        Table::InUse => (numbers.inuse_bytes_ci95, numbers.live_samples),
+        Table::InUse => (numbers.inuse_bytes_ci95.map(grown), numbers.live_samples),
         Table::Allocated => (numbers.alloc_bytes_ci95, numbers.samples),
     };
     let range = units::range(low, high);
@@ -164,7 +169,7 @@ impl<W: Write> Report<'_, W> {
         let total = Numbers::of_process(process, self.profile.coarsest_interval_bytes);
         self.header(process, &total)?;
         self.losses(process)?;
-        if total.samples == 0 {
+        if total.samples == 0 && total.live_samples == 0 {
             return self.nothing_sampled();
         }
         let inuse = by_inuse(process);
@@ -184,13 +189,20 @@ impl<W: Write> Report<'_, W> {
         let all = stacks.iter().filter(|(_, numbers)| table.has(numbers));
         let all = all.count();
         let top = self.options.top.min(all);
-        let whole = table.bytes(total);
+        let is_window = self.profile.window.is_some();
+        let whole = match table {
+            // The sum of all is what others have given back less.
+            Table::InUse if is_window => stacks.iter().map(|(_, n)| grown(n.inuse_bytes)).sum(),
+            _ => table.bytes(total),
+        };
         let title = match table {
+            Table::InUse if is_window => "IN USE, AND NOT BEFORE",
             Table::InUse => "STILL IN USE",
             Table::Allocated => "ALLOCATED",
         };
         if all == 0 {
             let nothing = match table {
+                Table::InUse if is_window => "nothing: no stack holds more than before",
                 Table::InUse => "nothing: every sampled block was freed again",
                 Table::Allocated => "nothing",
             };
@@ -234,15 +246,19 @@ impl<W: Write> Report<'_, W> {
             bold, warn, plain, ..
         } = self.style;
         let bytes = table.bytes(numbers);
+        let bytes_in_use = grown(numbers.inuse_bytes);
         let share = units::percent(bytes, whole);
         let rest = match table {
             Table::InUse => {
-                let objects = units::counted(numbers.inuse_objects, "object");
+                let objects = units::counted(grown(numbers.inuse_objects), "object");
                 let allocated = units::bytes(numbers.alloc_bytes);
-                if numbers.inuse_bytes == numbers.alloc_bytes {
+                if bytes == numbers.alloc_bytes {
                     format!("{objects}, all that it allocated")
+                } else if bytes > numbers.alloc_bytes {
+                    // Counting began anew after some of it was allocated.
+                    format!("{objects}; allocated lately: {allocated}")
                 } else {
-                    let kept = units::percent(numbers.inuse_bytes, numbers.alloc_bytes);
+                    let kept = units::percent(bytes, numbers.alloc_bytes);
                     format!("{objects}, {kept} of the {allocated} that it allocated")
                 }
             }
@@ -250,11 +266,11 @@ impl<W: Write> Report<'_, W> {
                 let objects = units::counted(numbers.alloc_objects, "object");
                 if numbers.inuse_bytes == 0 {
                     format!("{objects}, all freed again")
+                } else if self.profile.window.is_some() {
+                    let change = units::change(numbers.inuse_bytes);
+                    format!("{objects}, {change} in use")
                 } else {
-                    format!(
-                        "{objects}, {} still in use",
-                        units::bytes(numbers.inuse_bytes)
-                    )
+                    format!("{objects}, {} still in use", units::bytes(bytes_in_use))
                 }
             }
         };

@@ -12,6 +12,32 @@ pub struct ExactTotals {
     pub size_histogram: Vec<SizeClass>,
 }
 
+impl ExactTotals {
+    /// What has come since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let calls = |class: &SizeClass| {
+            let same = |other: &&SizeClass| other.min_bytes == class.min_bytes;
+            let before = before.size_histogram.iter().find(same);
+            let before = before.map_or(0, |before| before.calls);
+            class.calls.saturating_sub(before)
+        };
+        let classes = self.size_histogram.iter().map(|class| SizeClass {
+            calls: calls(class),
+            ..*class
+        });
+        let sub = u64::saturating_sub;
+        Self {
+            calls: CallTotals {
+                alloc_calls: sub(self.calls.alloc_calls, before.calls.alloc_calls),
+                alloc_bytes: sub(self.calls.alloc_bytes, before.calls.alloc_bytes),
+                free_calls: sub(self.calls.free_calls, before.calls.free_calls),
+            },
+            size_histogram: classes.filter(|class| class.calls != 0).collect(),
+        }
+    }
+}
+
 /// Sums over all calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CallTotals {
@@ -67,7 +93,7 @@ mod tests {
     use super::*;
 
     /// Check that calls are the sum over the classes, that empty classes are left
-    /// out, and that the last has no end.
+    /// out, that the last has no end, and that of two readings the difference is told.
     #[test]
     fn histogram() {
         let mut totals = TargetTotals {
@@ -87,6 +113,17 @@ mod tests {
                 free_calls: 3
             }
         );
+        let mut later = totals;
+        later.alloc_calls[5] += 2;
+        later.alloc_bytes += 40;
+        let since = ExactTotals::from(&later).since(&exact);
+        let calls = since.calls;
+        assert_eq!(
+            (calls.alloc_calls, calls.alloc_bytes, calls.free_calls),
+            (2, 40, 0)
+        );
+        assert_eq!(since.size_histogram.len(), 1);
+        assert_eq!(since.size_histogram[0].calls, 2);
         let classes = exact.size_histogram.iter();
         let classes: Vec<_> = classes
             .map(|class| (class.min_bytes, class.max_bytes, class.calls))

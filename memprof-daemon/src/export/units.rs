@@ -26,6 +26,13 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
+/// Bytes more or less: `+1.5 KiB`, `-3 MiB`, `+0 B`.
+#[must_use]
+pub fn change(change: i64) -> String {
+    let sign = if change < 0 { "-" } else { "+" };
+    format!("{sign}{}", bytes(change.unsigned_abs()))
+}
+
 /// From one number of bytes to another, the unit once if both have the same:
 /// `5.2 to 12.4 MiB`, `91 KiB to 2.4 MiB`; one number if they read the same.
 #[must_use]

@@ -36,6 +36,7 @@
 //! The BPF live map is the truth. [`Ledger::begin_sweep`] and
 //! [`Ledger::finish_sweep`] bring the books to its state; see there.
 
+pub mod baseline;
 mod image;
 pub mod snapshot;
 
@@ -199,6 +200,11 @@ impl Ledger {
         self.images.entry(image).or_default().close()
     }
 
+    /// Forgets the books of all images of a process.
+    pub fn forget(&mut self, pid: u32) {
+        self.images.retain(|image, _| image.pid != pid);
+    }
+
     /// Whether [`Self::close`] was called for it.
     #[must_use]
     pub fn is_closed(&self, image: ImageId) -> bool {
@@ -218,6 +224,18 @@ impl Ledger {
     #[must_use]
     pub fn live(&self, image: ImageId) -> u64 {
         self.images.get(&image).map_or(0, ImageBooks::live)
+    }
+
+    /// The sum over the stacks of an image.
+    #[must_use]
+    pub fn sum(&self, image: ImageId) -> StackCounters {
+        let mut sum = StackCounters::default();
+        if let Some(books) = self.images.get(&image) {
+            for (_, counters) in books.stacks() {
+                sum += counters;
+            }
+        }
+        sum
     }
 
     /// Every image in the books, in no order.

@@ -31,6 +31,8 @@ pub struct StackCounters {
     pub samples: u64,
     /// How many of them are not freed: with none, in-use is nothing, exactly.
     pub live_samples: u64,
+    /// The difference of two readings: what is in use may have become less.
+    pub is_change: bool,
 }
 
 impl StackCounters {
@@ -54,7 +56,9 @@ impl StackCounters {
 
     /// The difference, without what rounding leaves of nothing.
     fn derive(&self, allocated: f64, freed: f64) -> f64 {
-        if self.live_samples == 0 {
+        if self.is_change {
+            allocated - freed
+        } else if self.live_samples == 0 {
             0.0
         } else {
             (allocated - freed).max(0.0)
@@ -75,6 +79,7 @@ impl std::ops::AddAssign for StackCounters {
             .max(other.coarsest_interval_bytes);
         self.samples += other.samples;
         self.live_samples += other.live_samples;
+        self.is_change |= other.is_change;
     }
 }
 

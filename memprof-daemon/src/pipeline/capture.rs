@@ -32,8 +32,10 @@ pub use super::versions::StackGroup;
 pub struct Capture {
     /// When.
     pub captured_at: SystemTime,
-    /// Since the first attach.
+    /// Since the first attach, or since counting began anew, or of the window.
     pub duration: Duration,
+    /// How long the window was, if it is of one.
+    pub window: Option<Duration>,
     /// Mean sampling gap.
     pub sample_interval_bytes: u64,
     /// The largest that was ever in force.
@@ -134,6 +136,7 @@ impl Capture {
         Ok(Profile {
             captured_at: self.captured_at,
             duration: self.duration,
+            window: self.window,
             kernel,
             arch,
             sample_interval_bytes: self.sample_interval_bytes,

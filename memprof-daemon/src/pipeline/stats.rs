@@ -1,13 +1,16 @@
 //! What the tracer tells about itself: the body of `GET /v1/stats`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::Serialize;
 
 use super::versions::StackVersions;
 use crate::{
-    export::totals::{CallTotals, ExactTotals, SizeClass},
-    ledger::EventTally,
+    export::{
+        Numbers,
+        totals::{CallTotals, ExactTotals, SizeClass},
+    },
+    ledger::{EventTally, StackCounters},
     process::origin::Origin,
 };
 
@@ -47,8 +50,96 @@ pub struct Stats {
     pub longest_table_delay_ms: f64,
     /// The longest that one piece of work has kept all others waiting, in milliseconds.
     pub longest_round_ms: f64,
+    /// Sums over all targets, also those that have been forgotten.
+    pub sums: Sums,
+    /// How often processes were attached to, and how long that took.
+    #[serde(flatten)]
+    pub attaching: Attaching,
     /// One entry a target.
     pub processes: Vec<ProcessStats>,
+}
+
+/// Sums that only grow.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Sums {
+    /// Allocations booked.
+    pub alloc_events: u64,
+    /// Frees booked.
+    pub free_events: u64,
+    /// Losses by cause.
+    pub losses: BTreeMap<&'static str, u64>,
+}
+
+impl Sums {
+    /// Adds another's.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.alloc_events += other.alloc_events;
+        self.free_events += other.free_events;
+        for (cause, number) in &other.losses {
+            *self.losses.entry(cause).or_default() += number;
+        }
+    }
+}
+
+/// How processes were taken on.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Attaching {
+    /// Processes that were.
+    pub attached: u64,
+    /// Processes that could not be.
+    pub failed_to_attach: u64,
+    /// Milliseconds that attaching took, in all.
+    pub attached_ms: f64,
+}
+
+/// What a target's books say, in short.
+#[derive(Clone, Debug, Serialize)]
+pub struct Books {
+    /// Seconds that it was traced for.
+    pub traced_s: f64,
+    /// Allocations sampled.
+    pub samples: u64,
+    /// Estimate of the blocks allocated.
+    pub alloc_objects: u64,
+    /// Estimate of the bytes allocated.
+    pub alloc_bytes: u64,
+    /// Bytes asked for a second, on average: counted exactly if all calls were, else
+    /// estimated; null if it was traced for less than a tenth of a second.
+    pub alloc_bytes_per_s: Option<f64>,
+    /// Estimate of the blocks in use.
+    pub inuse_objects: u64,
+    /// Estimate of the bytes in use.
+    pub inuse_bytes: u64,
+    /// Losses by cause; those that there are.
+    pub losses: BTreeMap<&'static str, u64>,
+}
+
+impl Books {
+    pub(super) fn new(
+        sums: Sums,
+        allocated: &StackCounters,
+        held: &StackCounters,
+        exact_bytes: Option<u64>,
+        traced: Duration,
+    ) -> Self {
+        let allocated = Numbers::of(allocated);
+        let held = Numbers::of(held);
+        let traced_s = traced.as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
+        let bytes = exact_bytes.unwrap_or(allocated.alloc_bytes) as f64;
+        let mut losses = sums.losses;
+        losses.retain(|_, number| *number != 0);
+        Self {
+            traced_s,
+            samples: sums.alloc_events,
+            alloc_objects: allocated.alloc_objects,
+            alloc_bytes: allocated.alloc_bytes,
+            alloc_bytes_per_s: (traced_s >= 0.1).then(|| bytes / traced_s),
+            inuse_objects: held.inuse_objects.unsigned_abs(),
+            inuse_bytes: held.inuse_bytes.unsigned_abs(),
+            losses,
+        }
+    }
 }
 
 /// One target in `GET /v1/processes`.
@@ -63,10 +154,20 @@ pub struct ProcessSummary {
     /// Its user, pid namespaces and cgroup; as yet unknown while it is scanned.
     #[serde(flatten)]
     pub origin: Option<Origin>,
-    /// `scanning`, `attaching`, `tracing` or `ended`.
+    /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
     pub state: &'static str,
     /// Files with probed functions.
     pub modules: Vec<String>,
+    /// `prefilter` or `uprobe`.
+    pub engine: &'static str,
+    /// Why it is `uprobe` although the prefilter was wanted.
+    pub engine_reason: Option<String>,
+    /// What it has cost.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// What its books say.
+    #[serde(flatten)]
+    pub books: Books,
 }
 
 /// One target.
@@ -76,7 +177,7 @@ pub struct ProcessStats {
     pub pid: u32,
     /// Name of its main thread.
     pub comm: String,
-    /// `scanning`, `attaching`, `tracing` or `ended`.
+    /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
     pub state: &'static str,
     /// Sites probed.
     pub sites: usize,
@@ -84,6 +185,19 @@ pub struct ProcessStats {
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
     pub engine_reason: Option<String>,
+    /// What it has cost.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// What its books say.
+    #[serde(flatten)]
+    pub books: Books,
+    /// One entry a program image.
+    pub images: Vec<ImageStats>,
+}
+
+/// What tracing has cost a target, apart from its calls.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Cost {
     /// Milliseconds that it was stopped for the last time, by the prefilter.
     pub stopped_ms: f64,
     /// Milliseconds that it was ever stopped at most.
@@ -94,8 +208,6 @@ pub struct ProcessStats {
     pub attach_ms: f64,
     /// Milliseconds that detaching took the kernel, once it has happened.
     pub detach_ms: Option<f64>,
-    /// One entry a program image.
-    pub images: Vec<ImageStats>,
 }
 
 /// One program image: `alloc_events = live + free_events + purged`.

@@ -19,6 +19,7 @@ use super::{
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
     tracer::prefilter::{Choice, StubLosses},
+    tracer::targets::Leaving,
     versions::StackVersions,
 };
 use crate::{
@@ -205,10 +206,14 @@ impl Image {
         self.until = Some(Instant::now());
     }
 
-    /// For how long it was traced.
-    pub(super) fn traced(&self) -> Duration {
-        let until = self.until.unwrap_or_else(Instant::now);
-        until.saturating_duration_since(self.since)
+    /// Since when it is traced.
+    pub(super) const fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// When it ended, if it has.
+    pub(super) const fn until(&self) -> Option<Instant> {
+        self.until
     }
 
     pub(super) const fn ended(&self) -> bool {
@@ -295,6 +300,8 @@ pub(super) struct Target {
     pub(super) image_bytes: u64,
     /// Who waits to hear that it is traced.
     pub(super) reply: Option<AttachReply>,
+    /// It is let go, or has been.
+    pub(super) leaving: Leaving,
     /// In the order of their epochs; the last is the present one. Empty until
     /// scanned.
     pub(super) images: Vec<Image>,
@@ -357,6 +364,7 @@ impl Target {
             stopped: StoppedTime::default(),
             image_bytes: 0,
             reply: Some(reply),
+            leaving: Leaving::default(),
             images: Vec::new(),
             is_lost: false,
             is_probed_anew: false,

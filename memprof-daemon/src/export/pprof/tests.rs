@@ -9,7 +9,7 @@ use crate::{export::testing, process::cgroup::Cgroup};
 /// The message as a reader has it.
 fn decoded(profile: &Profile) -> proto::Profile {
     let mut out = Vec::new();
-    write(profile, &mut out).unwrap();
+    write(profile, Options::default(), &mut out).unwrap();
     let mut encoded = Vec::new();
     flate2::read::GzDecoder::new(&out[..])
         .read_to_end(&mut encoded)

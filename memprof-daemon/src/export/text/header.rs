@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Report,
+    Report, grown,
     terminal::{Style, printable},
 };
 use crate::{
@@ -43,13 +43,26 @@ impl<W: Write> Report<'_, W> {
         let ended = if process.exited { "  has exited" } else { "" };
         writeln!(self.out, "{ended}\n")?;
 
-        let inuse_bytes = units::bytes(total.inuse_bytes);
-        let inuse_objects = units::counted(total.inuse_objects, "object");
-        let inuse_range = range(total.inuse_bytes, total.inuse_bytes_ci95);
-        self.fact(
-            "in use",
-            &format!("{bold}{inuse_bytes}{plain}{inuse_range} in {inuse_objects}"),
-        )?;
+        let inuse_objects = total.inuse_objects.unsigned_abs();
+        let inuse_objects = units::counted(inuse_objects, "object");
+        if profile.window.is_some() {
+            let change = units::change(total.inuse_bytes);
+            let sign = if total.inuse_objects < 0 { "-" } else { "+" };
+            let [low, high] = total.inuse_bytes_ci95.map(units::change);
+            let range = if low == high {
+                String::new()
+            } else {
+                format!(" ({low} to {high})")
+            };
+            let change = format!("{bold}{change}{plain}{range} in {sign}{inuse_objects}");
+            self.fact("in use", &change)?;
+        } else {
+            let inuse_bytes = grown(total.inuse_bytes);
+            let inuse_range = range(inuse_bytes, total.inuse_bytes_ci95.map(grown));
+            let inuse_bytes = units::bytes(inuse_bytes);
+            let inuse = format!("{bold}{inuse_bytes}{plain}{inuse_range} in {inuse_objects}");
+            self.fact("in use", &inuse)?;
+        }
         let allocated = format!(
             "{}{} in {}, in {}",
             units::bytes(total.alloc_bytes),

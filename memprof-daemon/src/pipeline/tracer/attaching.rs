@@ -38,6 +38,7 @@ pub(in crate::pipeline) struct SiteBatch {
 
 impl Tracer {
     pub(super) fn begin_attach(&mut self, pid: u32, holder: Holder, reply: AttachReply) {
+        self.forget_ended(pid);
         if self.targets.contains_key(&pid) {
             let _ = reply.send(Err(TargetError::Already(pid)));
             return;
@@ -118,6 +119,7 @@ impl Tracer {
             return;
         };
         match target.choice {
+            _ if target.is_leaving() => {}
             _ if target.is_hooking || target.is_clearing => {
                 target.waiting_modules.extend_from_slice(modules)
             }
@@ -267,6 +269,8 @@ impl Tracer {
         }
         if first {
             target.state = State::Tracing;
+            self.work.attaching.attached += 1;
+            self.work.attaching.attached_ms += target.attach_time.as_secs_f64() * 1e3;
             let comm = target
                 .images
                 .last()
@@ -293,6 +297,7 @@ impl Tracer {
         let Some(mut target) = self.targets.remove(&pid) else {
             return;
         };
+        self.work.attaching.failed_to_attach += 1;
         // It may have been told to BPF, or not.
         let _ = self.slot_map.remove(&pid);
         let prober = self.prober.clone();

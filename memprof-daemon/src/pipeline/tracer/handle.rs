@@ -1,13 +1,18 @@
 //! What the tracer can be asked, and how.
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
     config::ConfigError,
+    marks::Mark,
     prefilter::Hooked,
+    targets::{LeaveError, LeaveReply, Left, TakenOut},
 };
 use crate::{
     config::{Config, ConfigChange},
@@ -57,8 +62,27 @@ pub(in crate::pipeline) enum Command {
         file: (u64, u64),
         table: FileTable,
     },
+    /// Let a process go.
+    Detach {
+        pid: u32,
+        reply: LeaveReply,
+    },
+    TakenOut(Box<TakenOut>),
+    /// Its probes are off.
+    Left {
+        pid: u32,
+        time: Option<Duration>,
+    },
+    /// Copy all counters, for windows that begin now.
+    Mark {
+        reply: oneshot::Sender<Arc<Mark>>,
+    },
+    Reset {
+        reply: oneshot::Sender<SystemTime>,
+    },
     Capture {
         pid: Option<u32>,
+        since: Option<Arc<Mark>>,
         reply: oneshot::Sender<Capture>,
     },
     Stats {
@@ -137,12 +161,50 @@ impl TracerHandle {
     /// Copies the counters of one process or of all; none if the tracer has
     /// ended.
     pub async fn capture(&self, pid: Option<u32>) -> Option<Capture> {
+        self.capture_since(pid, None).await
+    }
+
+    /// Copies the counters, and of those that have changed since the mark the changes.
+    pub(in crate::pipeline) async fn capture_since(
+        &self,
+        pid: Option<u32>,
+        since: Option<Arc<Mark>>,
+    ) -> Option<Capture> {
         let (reply, answer) = oneshot::channel();
         self.commands
-            .send(Command::Capture { pid, reply })
+            .send(Command::Capture { pid, since, reply })
             .await
             .ok()?;
         answer.await.ok()
+    }
+
+    /// Marks where a window begins; none if the tracer has ended.
+    pub(in crate::pipeline) async fn mark(&self) -> Option<Arc<Mark>> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Mark { reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Has profiles count allocations from now on; tells when that is, or none if the tracer
+    /// has ended.
+    pub async fn reset(&self) -> Option<SystemTime> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Reset { reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Lets a process go; returns when nothing of memprof's is in it any more.
+    ///
+    /// # Errors
+    ///
+    /// [`LeaveError`]; it is traced as before.
+    pub async fn detach(&self, pid: u32) -> Result<Left, LeaveError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::Detach { pid, reply })
+            .await
+            .map_err(|_| LeaveError::Stopped)?;
+        answer.await.map_err(|_| LeaveError::Stopped)?
     }
 
     /// What the tracer tells about itself; none if it has ended.

@@ -136,6 +136,7 @@ impl Tracer {
         if !waiting.is_empty() {
             self.attach_modules(image.pid, &waiting);
         }
+        self.leave_if_asked(image.pid);
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
@@ -287,6 +288,23 @@ impl Tracer {
 
     /// The last act for a process that is gone.
     pub(super) fn end_target(&mut self, pid: u32) {
+        let Some(slot) = self.targets.get(&pid).map(|target| target.slot) else {
+            return;
+        };
+        self.close_target(pid);
+        info!(pid, "the process has exited");
+        let prober = self.prober.clone();
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let time = prober.detach(slot).await;
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::Detached { pid, time }).await;
+            }
+        });
+    }
+
+    /// Closes the books of a process of which nothing more is to come.
+    pub(super) fn close_target(&mut self, pid: u32) {
         self.drain_mmap_events();
         // All of its events are in the ring by now.
         self.drain_ring();
@@ -316,15 +334,6 @@ impl Tracer {
         if let Err(error) = self.slot_map.remove(&pid) {
             warn!(pid, %error, "cannot forget the slot of an ended process");
         }
-        info!(pid, "the process has exited");
-        let prober = self.prober.clone();
-        let myself = self.myself.clone();
-        tokio::spawn(async move {
-            let time = prober.detach(slot).await;
-            if let Some(sender) = myself.upgrade() {
-                let _ = sender.send(Command::Detached { pid, time }).await;
-            }
-        });
         self.publish_live();
     }
 

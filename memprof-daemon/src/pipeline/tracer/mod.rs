@@ -2,7 +2,8 @@
 //!
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
-//! follows them through exec and exit, `totals` reads what BPF has counted,
+//! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
+//! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
 
@@ -12,8 +13,10 @@ mod config;
 mod handle;
 mod life;
 mod mappings;
+mod marks;
 pub(super) mod prefilter;
 mod reporting;
+pub(super) mod targets;
 mod totals;
 
 use std::{
@@ -38,10 +41,18 @@ use tokio::{
 };
 use tracing::{error, warn};
 
-use self::handle::Command;
-pub use self::{config::ConfigError, handle::TracerHandle};
+pub use self::{
+    config::ConfigError,
+    handle::TracerHandle,
+    targets::{LeaveError, Left},
+};
+use self::{handle::Command, marks::Mark};
 use super::{
-    prober::ProberHandle, scan::Scanner, stack_copies::StackCopies, tables::TableStore,
+    prober::ProberHandle,
+    scan::Scanner,
+    stack_copies::StackCopies,
+    stats::{Attaching, Sums},
+    tables::TableStore,
     target::Target,
 };
 use crate::{
@@ -163,6 +174,12 @@ pub struct Tracer {
     undecodable_events: u64,
     missing_stacks: u64,
     work: Work,
+    /// Allocations are counted since then, in profiles.
+    reset: Option<Arc<Mark>>,
+    /// Sums over the targets that have been forgotten.
+    forgotten: Sums,
+    /// Losses as they were last told in sums.
+    told_losses: BTreeMap<&'static str, u64>,
 }
 
 /// How long the tracer's work takes.
@@ -175,6 +192,7 @@ struct Work {
     longest_table_delay: Duration,
     /// One turn of the loop.
     longest_round: Duration,
+    attaching: Attaching,
 }
 
 impl Tracer {
@@ -240,6 +258,9 @@ impl Tracer {
             undecodable_events: 0,
             missing_stacks: 0,
             work: Work::default(),
+            reset: None,
+            forgotten: Sums::default(),
+            told_losses: BTreeMap::new(),
         };
         tokio::spawn(tracer.run());
         Ok(TracerHandle::new(sender, live_receiver))
@@ -332,10 +353,19 @@ impl Tracer {
             }
             Command::Exited { pid } => self.exited(pid),
             Command::Compiled { pid, file, table } => self.compiled(pid, file, table),
-            Command::Capture { pid, reply } => {
-                let capture = self.capture(pid);
+            Command::Capture { pid, since, reply } => {
+                let capture = self.capture(pid, since.as_deref());
                 let _ = reply.send(capture);
             }
+            Command::Mark { reply } => {
+                let _ = reply.send(Arc::new(self.mark()));
+            }
+            Command::Reset { reply } => {
+                let _ = reply.send(self.reset());
+            }
+            Command::Detach { pid, reply } => self.detach(pid, reply),
+            Command::TakenOut(taken_out) => self.taken_out(*taken_out),
+            Command::Left { pid, time } => self.left(pid, time),
             Command::Processes { reply } => {
                 let processes = self.processes();
                 let _ = reply.send(processes);

@@ -16,9 +16,9 @@ use crate::{
         target::{State, Target, TargetError},
     },
     prefilter::{
-        attach::{Attached, Image},
+        attach::{Attached, Image, StoppedTime},
         data::SharedData,
-        error::PrefilterError,
+        error::{DetachError, PrefilterError},
     },
     probe::{
         attach::AttachError,
@@ -44,6 +44,17 @@ pub(in crate::pipeline) enum Choice {
 pub(in crate::pipeline) struct Prefilter {
     image: Image,
     data: SharedData,
+}
+
+impl Prefilter {
+    /// Takes it out of its process; blocks.
+    pub(super) fn take_out(
+        &self,
+        pid: u32,
+        time_limit: Duration,
+    ) -> Result<StoppedTime, DetachError> {
+        take_out(pid, &self.image, time_limit)
+    }
 }
 
 impl Choice {
@@ -186,6 +197,7 @@ impl Tracer {
         if !waiting.is_empty() {
             self.attach_modules(pid, &waiting);
         }
+        self.leave_if_asked(pid);
     }
 
     fn keep(&mut self, pid: u32, batch: SiteBatch, attached: Attached, time: Duration) {
@@ -309,13 +321,16 @@ impl Tracer {
         }
     }
 
-    /// Waits for what is being hooked, so that it can be taken out.
+    /// Waits for what is being hooked, so that it can be taken out, and for what is being taken
+    /// out: no process may be left half-way.
     pub(super) async fn settle_hooking(&mut self) {
-        while self.targets.values().any(|target| target.is_hooking) {
+        let is_busy = |target: &Target| target.is_hooking || target.is_being_taken_out();
+        while self.targets.values().any(is_busy) {
             // Twice what one may take: for stopping and for undoing.
             let limit = 2 * self.options.attach_timeout + Duration::from_secs(1);
             match tokio::time::timeout(limit, self.commands.recv()).await {
                 Ok(Some(Command::Hooked(hooked))) => self.hooked(*hooked),
+                Ok(Some(Command::TakenOut(taken_out))) => self.taken_out(*taken_out),
                 // Who else asks hears that the tracer has ended.
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => return,

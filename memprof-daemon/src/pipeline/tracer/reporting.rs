@@ -2,27 +2,39 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
-use super::Tracer;
+use super::{
+    Tracer,
+    marks::{Basis, Mark},
+};
 use crate::{
-    export::profile::ProbeInfo,
+    export::profile::{Engine, ProbeInfo},
+    ledger::StackCounters,
     pipeline::{
         capture::{Capture, ImageCapture},
-        stats::{ImageStats, ProcessStats, ProcessSummary, Stats},
+        stats::{Books, Cost, ImageStats, ProcessStats, ProcessSummary, Stats, Sums},
+        target::{Image, Target},
     },
     sample::ImageId,
 };
 
 impl Tracer {
-    pub(super) fn capture(&mut self, wanted: Option<u32>) -> Capture {
+    /// Brings the books to the present.
+    pub(super) fn catch_up(&mut self) {
         self.drain_mmap_events();
         self.drain_ring();
         self.close_replaced();
         self.settle();
-        self.refresh_memory();
         self.refresh_totals();
+    }
+
+    /// The counters of one process or of all; with a mark, what has changed since.
+    pub(super) fn capture(&mut self, wanted: Option<u32>, window: Option<&Mark>) -> Capture {
+        self.catch_up();
+        self.refresh_memory();
+        let basis = Basis::new(self.reset.as_deref(), window);
         let is_wanted = |pid: u32| wanted.is_none_or(|wanted| wanted == pid);
         let mut snapshot: BTreeMap<ImageId, _> = self
             .ledger
@@ -38,10 +50,15 @@ impl Tracer {
         let mut images = Vec::new();
         let mut duration = Duration::ZERO;
         for (_, target) in self.targets.iter().filter(|(pid, _)| is_wanted(**pid)) {
-            duration = duration.max(target.since.elapsed());
+            duration = duration.max(basis.limit(target.since.elapsed()));
             probe.sites.extend(target.sites.iter().cloned());
             let losses = self.losses(target.slot);
             for image in &target.images {
+                if basis.is_over(image) {
+                    continue;
+                }
+                let stacks = snapshot.remove(&image.id).unwrap_or_default();
+                let lost = image.losses(losses, &self.ledger.tally(image.id));
                 images.push(ImageCapture {
                     info: image.info.clone(),
                     exited: image.ended(),
@@ -50,14 +67,12 @@ impl Tracer {
                         .clone()
                         .unwrap_or_else(|| target.choice.engine()),
                     memory: image.memory,
-                    traced: image.traced(),
-                    totals: image.totals.exact(),
-                    losses: image.losses(losses, &self.ledger.tally(image.id)),
+                    traced: basis.traced(image),
+                    totals: basis.totals(image, image.totals.exact()),
+                    losses: basis.losses(image, lost),
                     mappings: image.code.first().clone(),
                     perf_map: image.perf_map.clone(),
-                    groups: image
-                        .versions
-                        .group(snapshot.remove(&image.id).unwrap_or_default()),
+                    groups: image.versions.group(basis.counters(image, stacks)),
                 });
             }
         }
@@ -66,6 +81,7 @@ impl Tracer {
         Capture {
             captured_at: SystemTime::now(),
             duration,
+            window: basis.window(),
             sample_interval_bytes: self.options.sample_interval_bytes,
             coarsest_interval_bytes: self.coarsest_interval_bytes,
             probe,
@@ -73,29 +89,31 @@ impl Tracer {
         }
     }
 
-    pub(super) fn processes(&self) -> Vec<ProcessSummary> {
+    pub(super) fn processes(&mut self) -> Vec<ProcessSummary> {
+        self.catch_up();
         self.targets
             .iter()
             .map(|(&pid, target)| {
                 let info = target.images.last().map(|image| &image.info);
+                let engine = engine_of(target);
                 ProcessSummary {
                     pid,
                     comm: info.map(|info| info.comm.clone()).unwrap_or_default(),
                     exe: info.map(|info| info.exe.clone()).unwrap_or_default(),
                     origin: info.map(|info| info.origin.clone()),
-                    state: target.state.name(),
+                    state: target.state_name(),
                     modules: target.modules.iter().cloned().collect(),
+                    engine: engine.name(),
+                    engine_reason: engine.reason().map(str::to_owned),
+                    cost: cost_of(target),
+                    books: self.books_of(target),
                 }
             })
             .collect()
     }
 
     pub(super) fn stats(&mut self) -> Stats {
-        self.drain_ring();
-        self.close_replaced();
-        self.settle();
-        self.refresh_totals();
-        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        self.catch_up();
         Stats {
             version: env!("CARGO_PKG_VERSION"),
             uptime_s: self.started.elapsed().as_secs_f64(),
@@ -113,16 +131,14 @@ impl Tracer {
             mapping_lists_ms: milliseconds(self.work.list_time),
             longest_table_delay_ms: milliseconds(self.work.longest_table_delay),
             longest_round_ms: milliseconds(self.work.longest_round),
+            sums: self.sums(),
+            attaching: self.work.attaching,
             processes: self
                 .targets
                 .iter()
                 .map(|(&pid, target)| {
                     let losses = self.losses(target.slot);
-                    let engine = target
-                        .images
-                        .last()
-                        .and_then(|image| image.engine.clone())
-                        .unwrap_or_else(|| target.choice.engine());
+                    let engine = engine_of(target);
                     ProcessStats {
                         pid,
                         comm: target
@@ -130,15 +146,12 @@ impl Tracer {
                             .last()
                             .map(|image| image.info.comm.clone())
                             .unwrap_or_default(),
-                        state: target.state.name(),
+                        state: target.state_name(),
                         sites: target.sites.len(),
                         engine: engine.name(),
                         engine_reason: engine.reason().map(str::to_owned),
-                        stopped_ms: milliseconds(target.stopped.last),
-                        longest_stopped_ms: milliseconds(target.stopped.max),
-                        image_bytes: target.image_bytes,
-                        attach_ms: milliseconds(target.attach_time),
-                        detach_ms: target.detach_time.map(milliseconds),
+                        cost: cost_of(target),
+                        books: self.books_of(target),
                         images: target
                             .images
                             .iter()
@@ -159,5 +172,65 @@ impl Tracer {
                 })
                 .collect(),
         }
+    }
+
+    /// What a target's books say, in short.
+    fn books_of(&self, target: &Target) -> Books {
+        let sums = self.sums_of(target);
+        let mut allocated = StackCounters::default();
+        let mut held = StackCounters::default();
+        let mut exact_bytes = Some(0);
+        for image in &target.images {
+            // Of a program that was replaced nothing is in use any more.
+            held = self.ledger.sum(image.id);
+            allocated += held;
+            let exact = image.totals.exact();
+            exact_bytes = exact_bytes
+                .zip(exact)
+                .map(|(sum, exact)| sum + exact.calls.alloc_bytes);
+        }
+        let since = target.images.first().map(Image::since);
+        let until = target.images.last().and_then(Image::until);
+        let traced = since.map_or(Duration::ZERO, |since| {
+            until
+                .unwrap_or_else(Instant::now)
+                .saturating_duration_since(since)
+        });
+        Books::new(sums, &allocated, &held, exact_bytes, traced)
+    }
+
+    /// The sums over all targets, also those that are forgotten.
+    fn sums(&mut self) -> Sums {
+        let mut sums = self.forgotten.clone();
+        for target in self.targets.values() {
+            sums.add(&self.sums_of(target));
+        }
+        // A loss that turned out to be none is not taken back where counters may only grow.
+        for (cause, number) in &mut sums.losses {
+            let told = self.told_losses.entry(cause).or_default();
+            *told = (*told).max(*number);
+            *number = *told;
+        }
+        sums
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// How the calls of a target's present or last program are looked at.
+fn engine_of(target: &Target) -> Engine {
+    let engine = target.images.last().and_then(|image| image.engine.clone());
+    engine.unwrap_or_else(|| target.choice.engine())
+}
+
+fn cost_of(target: &Target) -> Cost {
+    Cost {
+        stopped_ms: milliseconds(target.stopped.last),
+        longest_stopped_ms: milliseconds(target.stopped.max),
+        image_bytes: target.image_bytes,
+        attach_ms: milliseconds(target.attach_time),
+        detach_ms: target.detach_time.map(milliseconds),
     }
 }

@@ -1,0 +1,568 @@
+//! Metrics for Prometheus and those who read its formats.
+//!
+//! How many series there are is bounded: sums over all targets have a label with the cause of
+//! a loss at most, and series of their own have only so many targets, those that have been
+//! traced for longest. A target that has series keeps them for as long as it is traced, so
+//! that its counters only grow; those without are counted by `memprof_targets_unlisted`, and
+//! are in the sums.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric, prometheus_text, text},
+    metrics::{counter::ConstCounter, gauge::ConstGauge, histogram::Histogram},
+    registry::Registry,
+};
+
+/// What is told, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    /// memprof's version.
+    pub version: &'static str,
+    /// How probes are attached.
+    pub probe_mode: &'static str,
+    /// Mean sampling gap.
+    pub sample_interval_bytes: u64,
+    /// Allocations sampled, of all targets that ever were.
+    pub samples: u64,
+    /// Of them: seen to be freed.
+    pub frees: u64,
+    /// Losses by cause.
+    pub losses: BTreeMap<&'static str, u64>,
+    /// Processes taken on.
+    pub attached: u64,
+    /// Processes that could not be.
+    pub failed_to_attach: u64,
+    /// How long taking on took in all.
+    pub attach_time: Duration,
+    /// Distinct stacks known.
+    pub known_stacks: u64,
+    /// Kernel memory for unwind tables.
+    pub unwind_table_bytes: u64,
+    /// Sweeps of the live map.
+    pub sweeps: u64,
+    /// Sweeps that could not read it.
+    pub failed_sweeps: u64,
+    /// Records of the ring that made no sense.
+    pub undecodable_events: u64,
+    /// The longest that one piece of work has kept others waiting.
+    pub longest_round: Duration,
+    /// All targets.
+    pub targets: Vec<TargetMetrics>,
+    /// What the daemon itself takes.
+    pub daemon: DaemonMetrics,
+}
+
+/// One target.
+#[derive(Clone, Debug, Default)]
+pub struct TargetMetrics {
+    /// Process id.
+    pub pid: u32,
+    /// Name of its main thread.
+    pub comm: String,
+    /// How its calls are looked at.
+    pub engine: &'static str,
+    /// Where it is in its life.
+    pub state: &'static str,
+    /// For how long it has been traced.
+    pub traced: Duration,
+    /// Allocations sampled.
+    pub samples: u64,
+    /// Estimates.
+    pub alloc_bytes: u64,
+    /// The same.
+    pub alloc_objects: u64,
+    /// The same.
+    pub inuse_bytes: u64,
+    /// The same.
+    pub inuse_objects: u64,
+    /// Losses of all causes.
+    pub losses: u64,
+    /// How long attaching took the kernel.
+    pub attach_time: Duration,
+    /// The longest that it ever stood still for us.
+    pub longest_stop: Duration,
+}
+
+/// The daemon's own use of the host.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DaemonMetrics {
+    /// Processor time, in user space and in the kernel.
+    pub cpu_time: Duration,
+    /// Resident memory.
+    pub resident_bytes: u64,
+    /// Address space.
+    pub virtual_bytes: u64,
+    /// Descriptors.
+    pub open_fds: u64,
+    /// Threads.
+    pub threads: u64,
+    /// Since when it runs, since 1970.
+    pub start_time: Duration,
+}
+
+/// How long profiles take, from the request to the last byte.
+#[derive(Clone, Debug)]
+pub struct DumpTimes(Histogram);
+
+impl Default for DumpTimes {
+    fn default() -> Self {
+        Self(Histogram::new([
+            0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0,
+        ]))
+    }
+}
+
+impl DumpTimes {
+    /// One more has been made.
+    pub fn observe(&self, time: Duration) {
+        self.0.observe(time.as_secs_f64());
+    }
+}
+
+/// A format of metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsFormat {
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+    /// Prometheus' text format, which is older.
+    Prometheus,
+}
+
+impl MetricsFormat {
+    /// The better one of those that an `Accept` header names.
+    #[must_use]
+    pub fn accepted(accept: &str) -> Self {
+        let names_it = |part: &str| {
+            let name = part.split(';').next().unwrap_or_default();
+            name.trim()
+                .eq_ignore_ascii_case("application/openmetrics-text")
+        };
+        if accept.split(',').any(names_it) {
+            Self::OpenMetrics
+        } else {
+            Self::Prometheus
+        }
+    }
+
+    /// What HTTP calls it.
+    #[must_use]
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Prometheus => prometheus_text::CONTENT_TYPE,
+        }
+    }
+}
+
+/// Writes metrics, with series of their own for `max_targets` targets.
+///
+/// # Errors
+///
+/// None that is known of; the library's signature has one.
+pub fn write(
+    format: MetricsFormat,
+    metrics: Metrics,
+    dumps: &DumpTimes,
+    max_targets: usize,
+) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Scrape {
+        metrics,
+        max_targets,
+    }));
+    registry.register(
+        "memprof_dump_seconds",
+        "How long profiles take that are asked for over HTTP, windows not counted",
+        dumps.0.clone(),
+    );
+    let mut out = String::new();
+    match format {
+        MetricsFormat::OpenMetrics => text::encode(&mut out, &registry)?,
+        MetricsFormat::Prometheus => prometheus_text::encode(&mut out, &registry)?,
+    }
+    Ok(out)
+}
+
+#[derive(Debug)]
+struct Scrape {
+    metrics: Metrics,
+    max_targets: usize,
+}
+
+impl Scrape {
+    /// Those that have series of their own: who was first stays first while it is traced.
+    fn listed(&self) -> Vec<&TargetMetrics> {
+        let mut targets: Vec<&TargetMetrics> = self.metrics.targets.iter().collect();
+        targets.sort_by_key(|target| (target.is_over(), std::cmp::Reverse(target.traced)));
+        targets.truncate(self.max_targets);
+        targets
+    }
+}
+
+impl TargetMetrics {
+    fn is_over(&self) -> bool {
+        matches!(self.state, "ended" | "detached")
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Out(encoder);
+        self.sums(&mut out)?;
+        self.daemon(&mut out)?;
+        self.targets(&mut out)
+    }
+}
+
+impl Scrape {
+    fn sums(&self, out: &mut Out<'_>) -> fmt::Result {
+        let metrics = &self.metrics;
+        let build = [
+            ("version", metrics.version),
+            ("probe_mode", metrics.probe_mode),
+        ];
+        out.gauges("memprof_build_info", "Which memprof this is", [(build, 1)])?;
+        out.gauge(
+            "memprof_sample_interval_bytes",
+            "Mean bytes between two samples; 1 is every allocation, 0 is none",
+            metrics.sample_interval_bytes,
+        )?;
+        out.counter(
+            "memprof_samples",
+            "Sampled allocations, of all targets that ever were",
+            metrics.samples,
+        )?;
+        out.counter(
+            "memprof_freed_samples",
+            "Sampled allocations that have been freed",
+            metrics.frees,
+        )?;
+        out.counters(
+            "memprof_losses",
+            "What was lost or came late, by cause, of all targets that ever were",
+            metrics.losses.iter().map(|(c, &n)| ([("cause", *c)], n)),
+        )?;
+        out.counters(
+            "memprof_attaches",
+            "Processes that were taken on, or could not be",
+            [
+                ([("result", "attached")], metrics.attached),
+                ([("result", "failed")], metrics.failed_to_attach),
+            ],
+        )?;
+        out.counter_f64(
+            "memprof_attach_seconds",
+            "How long taking processes on took in all",
+            metrics.attach_time,
+        )?;
+        out.gauge(
+            "memprof_known_stacks",
+            "Distinct stacks known",
+            metrics.known_stacks,
+        )?;
+        out.gauge(
+            "memprof_unwind_table_bytes",
+            "Kernel memory for unwind tables and lists of mappings",
+            metrics.unwind_table_bytes,
+        )?;
+        out.counter(
+            "memprof_sweeps",
+            "Sweeps of the live map, after events were lost",
+            metrics.sweeps,
+        )?;
+        out.counter(
+            "memprof_failed_sweeps",
+            "Sweeps that could not read the live map",
+            metrics.failed_sweeps,
+        )?;
+        out.counter(
+            "memprof_undecodable_events",
+            "Records of the ring that could not be decoded",
+            metrics.undecodable_events,
+        )?;
+        out.gauge_f64(
+            "memprof_longest_round_seconds",
+            "The longest that one piece of work has kept the event ring waiting",
+            metrics.longest_round,
+        )
+    }
+
+    fn daemon(&self, out: &mut Out<'_>) -> fmt::Result {
+        let daemon = &self.metrics.daemon;
+        out.counter_f64(
+            "process_cpu_seconds",
+            "Processor time of the daemon",
+            daemon.cpu_time,
+        )?;
+        out.gauge(
+            "process_resident_memory_bytes",
+            "Resident memory of the daemon",
+            daemon.resident_bytes,
+        )?;
+        out.gauge(
+            "process_virtual_memory_bytes",
+            "Address space of the daemon",
+            daemon.virtual_bytes,
+        )?;
+        out.gauge(
+            "process_open_fds",
+            "Descriptors of the daemon",
+            daemon.open_fds,
+        )?;
+        out.gauge("process_threads", "Threads of the daemon", daemon.threads)?;
+        out.gauge_f64(
+            "process_start_time_seconds",
+            "When the daemon was started, since 1970",
+            daemon.start_time,
+        )
+    }
+
+    fn targets(&self, out: &mut Out<'_>) -> fmt::Result {
+        let targets = self.listed();
+        let mut states: BTreeMap<&str, u64> = BTreeMap::new();
+        for target in &self.metrics.targets {
+            *states.entry(target.state).or_default() += 1;
+        }
+        out.gauges(
+            "memprof_targets",
+            "Targets by state",
+            states.iter().map(|(state, &n)| ([("state", *state)], n)),
+        )?;
+        let unlisted = self.metrics.targets.len().saturating_sub(targets.len());
+        out.gauge(
+            "memprof_targets_unlisted",
+            "Targets without series of their own, since there are too many",
+            unlisted as u64,
+        )?;
+        let pids: Vec<String> = targets.iter().map(|t| t.pid.to_string()).collect();
+        let labels = |place: usize, target: &'_ TargetMetrics| {
+            let pid = pids.get(place).cloned().unwrap_or_default();
+            [("pid", pid), ("comm", target.comm.clone())]
+        };
+        let series = |value: fn(&TargetMetrics) -> u64| {
+            let targets = targets.iter().enumerate();
+            targets
+                .map(|(place, target)| (labels(place, target), value(target)))
+                .collect::<Vec<_>>()
+        };
+        let times = |value: fn(&TargetMetrics) -> Duration| {
+            let targets = targets.iter().enumerate();
+            targets
+                .map(|(place, target)| (labels(place, target), value(target).as_secs_f64()))
+                .collect::<Vec<_>>()
+        };
+        out.counters(
+            "memprof_target_samples",
+            "Sampled allocations of a target",
+            series(|target| target.samples),
+        )?;
+        out.counters(
+            "memprof_target_allocated_bytes",
+            "Bytes that a target has allocated, estimated",
+            series(|target| target.alloc_bytes),
+        )?;
+        out.counters(
+            "memprof_target_allocated_objects",
+            "Blocks that a target has allocated, estimated",
+            series(|target| target.alloc_objects),
+        )?;
+        out.gauges(
+            "memprof_target_inuse_bytes",
+            "Bytes that a target has in use, estimated, of what it allocated while traced",
+            series(|target| target.inuse_bytes),
+        )?;
+        out.gauges(
+            "memprof_target_inuse_objects",
+            "Blocks that a target has in use, estimated",
+            series(|target| target.inuse_objects),
+        )?;
+        out.counters(
+            "memprof_target_losses",
+            "What was lost of a target, or came late, of all causes",
+            series(|target| target.losses),
+        )?;
+        out.gauges(
+            "memprof_target_attach_seconds",
+            "How long attaching to a target took",
+            times(|target| target.attach_time),
+        )?;
+        out.gauges(
+            "memprof_target_longest_stop_seconds",
+            "The longest that a target stood still while it was changed",
+            times(|target| target.longest_stop),
+        )?;
+        let engines = targets.iter().enumerate().map(|(place, target)| {
+            let [pid, comm] = labels(place, target);
+            ([pid, comm, ("engine", target.engine.to_owned())], 1)
+        });
+        out.gauges(
+            "memprof_target_info",
+            "How a target's calls are looked at",
+            engines,
+        )
+    }
+}
+
+/// Writes descriptors with their values.
+struct Out<'a>(DescriptorEncoder<'a>);
+
+impl Out<'_> {
+    fn one(&mut self, name: &str, help: &str, metric: &impl EncodeMetric) -> fmt::Result {
+        let encoder = self
+            .0
+            .encode_descriptor(name, help, None, metric.metric_type())?;
+        metric.encode(encoder)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.one(name, help, &ConstGauge::new(value))
+    }
+
+    fn gauge_f64(&mut self, name: &str, help: &str, value: Duration) -> fmt::Result {
+        self.one(name, help, &ConstGauge::new(value.as_secs_f64()))
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.one(name, help, &ConstCounter::new(value))
+    }
+
+    fn counter_f64(&mut self, name: &str, help: &str, value: Duration) -> fmt::Result {
+        self.one(name, help, &ConstCounter::new(value.as_secs_f64()))
+    }
+
+    fn counters<L, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = ([(&'static str, L); N], u64)>,
+    ) -> fmt::Result
+    where
+        L: prometheus_client::encoding::EncodeLabelValue,
+    {
+        let series = series.into_iter();
+        let series = series.map(|(labels, value)| (labels, ConstCounter::new(value)));
+        self.family(name, help, series)
+    }
+
+    fn gauges<L, V, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = ([(&'static str, L); N], V)>,
+    ) -> fmt::Result
+    where
+        L: prometheus_client::encoding::EncodeLabelValue,
+        V: prometheus_client::encoding::EncodeGaugeValue,
+    {
+        let series = series.into_iter();
+        let series = series.map(|(labels, value)| (labels, ConstGauge::new(value)));
+        self.family(name, help, series)
+    }
+
+    /// Writes nothing, not even a name, for a family without series.
+    fn family<L, M, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl Iterator<Item = ([(&'static str, L); N], M)>,
+    ) -> fmt::Result
+    where
+        L: prometheus_client::encoding::EncodeLabelValue,
+        M: EncodeMetric,
+    {
+        let mut series = series.peekable();
+        let Some((_, first)) = series.peek() else {
+            return Ok(());
+        };
+        let mut encoder = self
+            .0
+            .encode_descriptor(name, help, None, first.metric_type())?;
+        for (labels, metric) in series {
+            metric.encode(encoder.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(pid: u32, state: &'static str, seconds: u64) -> TargetMetrics {
+        TargetMetrics {
+            pid,
+            comm: "a \"b\\\n".to_owned(),
+            state,
+            engine: "uprobe",
+            traced: Duration::from_secs(seconds),
+            samples: u64::from(pid) * 10,
+            ..TargetMetrics::default()
+        }
+    }
+
+    fn told(format: MetricsFormat, max_targets: usize) -> String {
+        let metrics = Metrics {
+            version: "1",
+            losses: BTreeMap::from([("ring_full", 3)]),
+            targets: vec![
+                target(1, "tracing", 5),
+                target(2, "ended", 100),
+                target(3, "tracing", 50),
+            ],
+            ..Metrics::default()
+        };
+        let dumps = DumpTimes::default();
+        dumps.observe(Duration::from_millis(20));
+        write(format, metrics, &dumps, max_targets).unwrap()
+    }
+
+    /// Check both formats: counters have their suffix, names are escaped, and OpenMetrics has
+    /// its end.
+    #[test]
+    fn formats() {
+        let open = told(MetricsFormat::OpenMetrics, 10);
+        assert!(open.ends_with("# EOF\n"), "{open}");
+        assert!(open.contains("# TYPE memprof_losses counter\n"), "{open}");
+        assert!(open.contains("memprof_losses_total{cause=\"ring_full\"} 3\n"));
+        let series = r#"memprof_target_samples_total{pid="1",comm="a \"b\\\n"} 10"#;
+        assert!(open.contains(series), "{open}");
+        assert!(open.contains("memprof_dump_seconds_bucket{le=\"0.03\"} 1\n"));
+        let prometheus = told(MetricsFormat::Prometheus, 10);
+        assert!(prometheus.contains("# TYPE memprof_losses_total counter\n"));
+        assert!(!prometheus.contains("# EOF"), "{prometheus}");
+    }
+
+    /// Check that no more targets than wanted have series, those first that have been traced
+    /// for longest and still are, and that the others are counted.
+    #[test]
+    fn bounded_targets() {
+        let of = |max| {
+            let text = told(MetricsFormat::OpenMetrics, max);
+            let pids = [1, 2, 3]
+                .map(|pid| text.contains(&format!("memprof_target_samples_total{{pid=\"{pid}\"")));
+            let unlisted = format!("memprof_targets_unlisted {}\n", 3 - max);
+            assert!(text.contains(&unlisted), "{text}");
+            pids
+        };
+        assert_eq!(of(0), [false; 3]);
+        assert_eq!(of(1), [false, false, true]);
+        assert_eq!(of(2), [true, false, true]);
+        assert_eq!(of(3), [true; 3]);
+    }
+
+    /// Check that OpenMetrics is for those who ask for it.
+    #[test]
+    fn accepted() {
+        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,\
+                          text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
+        assert_eq!(
+            MetricsFormat::accepted(prometheus),
+            MetricsFormat::OpenMetrics
+        );
+        for other in ["", "*/*", "text/plain", "application/json"] {
+            assert_eq!(MetricsFormat::accepted(other), MetricsFormat::Prometheus);
+        }
+    }
+}

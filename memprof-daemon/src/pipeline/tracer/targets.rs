@@ -1,0 +1,305 @@
+//! Letting a process go while it lives, and forgetting one that is not traced any more.
+//!
+//! The order is that of the daemon's own end: the prefilter is taken out, then the probes.
+//! Only then are the books closed, since until then samples come. The profile stays, as that
+//! of a process that has exited.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::{
+    Command, Tracer,
+    prefilter::{Choice, Prefilter},
+};
+use crate::{
+    pipeline::{
+        install::on_a_thread,
+        stats::Sums,
+        target::{State, Target},
+    },
+    prefilter::{attach::StoppedTime, error::DetachError},
+    sample::ImageId,
+};
+
+/// Why a process cannot be let go.
+#[derive(Clone, Copy, Debug, Error)]
+pub enum LeaveError {
+    /// It is not traced, or not any more.
+    #[error("process {0} is not traced")]
+    NotTraced(u32),
+    /// It is being attached to, or let go already.
+    #[error("process {0} is being attached to or let go at this moment: try again")]
+    Busy(u32),
+    /// The tracer has ended.
+    #[error("the tracer has ended")]
+    Stopped,
+}
+
+/// What came of letting a process go.
+#[derive(Clone, Debug)]
+pub struct Left {
+    /// The process.
+    pub pid: u32,
+    /// How long the kernel took to detach the probes, if it had to.
+    pub detach_time: Option<Duration>,
+    /// For how long it stood still for that.
+    pub stopped: Duration,
+    /// Why its prefilter is still in it, if that could not be taken out.
+    pub remains: Option<String>,
+}
+
+/// The answer to a request to let a process go.
+pub(in crate::pipeline) type LeaveReply = oneshot::Sender<Result<Left, LeaveError>>;
+
+/// Whether a target is let go.
+#[derive(Debug, Default)]
+pub(in crate::pipeline) enum Leaving {
+    /// It is traced.
+    #[default]
+    No,
+    /// As soon as nothing is put into it.
+    Asked(LeaveReply),
+    /// The prefilter is being taken out, by a thread that must not end half-way.
+    TakingOut(LeaveReply),
+    /// The probes are being taken off.
+    TakingOff {
+        reply: LeaveReply,
+        stopped: Duration,
+        remains: Option<String>,
+    },
+    /// It is done.
+    Left,
+}
+
+/// The prefilter has been taken out, or could not be.
+pub(in crate::pipeline) struct TakenOut {
+    image: ImageId,
+    prefilter: Option<Box<Prefilter>>,
+    result: Option<Result<StoppedTime, DetachError>>,
+}
+
+impl Tracer {
+    /// Begins to let a process go.
+    pub(super) fn detach(&mut self, pid: u32, reply: LeaveReply) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            let _ = reply.send(Err(LeaveError::NotTraced(pid)));
+            return;
+        };
+        match (&target.state, &target.leaving) {
+            (State::Ended, Leaving::No | Leaving::Left) => {
+                let _ = reply.send(Err(LeaveError::NotTraced(pid)));
+            }
+            (State::Tracing, Leaving::No) => {
+                target.leaving = Leaving::Asked(reply);
+                self.leave_if_asked(pid);
+            }
+            _ => {
+                let _ = reply.send(Err(LeaveError::Busy(pid)));
+            }
+        }
+    }
+
+    /// Goes on with letting a process go, once nothing is being put into it.
+    pub(super) fn leave_if_asked(&mut self, pid: u32) {
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        if target.is_hooking || target.is_clearing || !matches!(target.leaving, Leaving::Asked(_)) {
+            return;
+        }
+        target.refresh_stubs();
+        let (Leaving::Asked(reply), Some(image)) = (
+            std::mem::take(&mut target.leaving),
+            target.images.last().map(|image| image.id),
+        ) else {
+            return;
+        };
+        match std::mem::take(&mut target.choice) {
+            Choice::Prefilter(prefilter) => {
+                target.leaving = Leaving::TakingOut(reply);
+                self.begin_to_take_out(image, prefilter);
+            }
+            other => {
+                target.choice = other;
+                target.leaving = Leaving::TakingOff {
+                    reply,
+                    stopped: Duration::ZERO,
+                    remains: None,
+                };
+                self.take_probes_off(pid);
+            }
+        }
+    }
+
+    fn begin_to_take_out(&self, image: ImageId, prefilter: Box<Prefilter>) {
+        let time_limit = self.options.attach_timeout;
+        // What it has counted is read once more afterwards; so it comes back, also if there
+        // is no thread to have it.
+        let place = Arc::new(Mutex::new(Some(prefilter)));
+        let (sender, outcome) = oneshot::channel();
+        on_a_thread(Box::new({
+            let place = Arc::clone(&place);
+            move || {
+                let place = place.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(prefilter) = &*place {
+                    let _ = sender.send(prefilter.take_out(image.pid, time_limit));
+                }
+            }
+        }));
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let result = outcome.await.ok();
+            let prefilter = place.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let taken_out = Box::new(TakenOut {
+                image,
+                prefilter,
+                result,
+            });
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::TakenOut(taken_out)).await;
+            }
+        });
+    }
+
+    /// The prefilter is out.
+    pub(super) fn taken_out(&mut self, taken_out: TakenOut) {
+        let TakenOut {
+            image,
+            prefilter,
+            result,
+        } = taken_out;
+        let pid = image.pid;
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        // Of a program that was replaced meanwhile nothing is left to be read.
+        if let Some(prefilter) = prefilter
+            && target.images.last().is_some_and(|last| last.id == image)
+        {
+            target.choice = Choice::Prefilter(prefilter);
+            drop(target.end_stubs());
+        }
+        target.image_bytes = 0;
+        let (stopped, remains) = match result {
+            Some(Ok(time)) => {
+                target.stopped.join(time);
+                (time.last, None)
+            }
+            Some(Err(error)) => (Duration::ZERO, Some(error.to_string())),
+            None => {
+                let error = "no thread was left to take it out".to_owned();
+                (Duration::ZERO, Some(error))
+            }
+        };
+        if let Some(error) = &remains {
+            warn!(pid, error, "cannot take the prefilter out");
+        }
+        if let Leaving::TakingOut(reply) = std::mem::take(&mut target.leaving) {
+            target.leaving = Leaving::TakingOff {
+                reply,
+                stopped,
+                remains,
+            };
+        }
+        self.take_probes_off(pid);
+    }
+
+    fn take_probes_off(&self, pid: u32) {
+        let Some(slot) = self.targets.get(&pid).map(|target| target.slot) else {
+            return;
+        };
+        let prober = self.prober.clone();
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let time = prober.detach(slot).await;
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::Left { pid, time }).await;
+            }
+        });
+    }
+
+    /// Nothing of ours is in the process any more.
+    pub(super) fn left(&mut self, pid: u32, detach_time: Option<Duration>) {
+        // It may have exited meanwhile.
+        if self.targets.get(&pid).is_some_and(Target::is_live) {
+            self.close_target(pid);
+            info!(pid, "the process has been let go");
+        }
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.detach_time = detach_time;
+        if let Leaving::TakingOff {
+            reply,
+            stopped,
+            remains,
+        } = std::mem::replace(&mut target.leaving, Leaving::Left)
+        {
+            let _ = reply.send(Ok(Left {
+                pid,
+                detach_time,
+                stopped,
+                remains,
+            }));
+        }
+    }
+
+    /// Forgets what is known of a process that is not traced any more, if nothing of it is
+    /// under way; what it has counted stays in the sums over all.
+    pub(super) fn forget_ended(&mut self, pid: u32) {
+        let is_over = self.targets.get(&pid).is_some_and(|target| {
+            !target.is_live() && target.jobs == 0 && target.detach_time.is_some()
+        });
+        if !is_over {
+            return;
+        }
+        if let Some(target) = self.targets.remove(&pid) {
+            let sums = self.sums_of(&target);
+            self.forgotten.add(&sums);
+            self.ledger.forget(pid);
+        }
+    }
+
+    /// What the images of a target have counted.
+    pub(super) fn sums_of(&self, target: &Target) -> Sums {
+        let losses = self.losses(target.slot);
+        let mut sums = Sums::default();
+        for image in &target.images {
+            let tally = self.ledger.tally(image.id);
+            sums.alloc_events += tally.alloc_events;
+            sums.free_events += tally.free_events;
+            for (cause, number) in image.losses(losses, &tally) {
+                *sums.losses.entry(cause).or_default() += number;
+            }
+        }
+        sums
+    }
+}
+
+impl Target {
+    /// Whether it is let go, or is to be: nothing more is put into it.
+    pub(super) const fn is_leaving(&self) -> bool {
+        !matches!(self.leaving, Leaving::No)
+    }
+
+    /// Whether a thread is stopping it to take the prefilter out.
+    pub(super) const fn is_being_taken_out(&self) -> bool {
+        matches!(self.leaving, Leaving::TakingOut(_))
+    }
+
+    /// Where it is in its life, for those who ask.
+    pub(super) const fn state_name(&self) -> &'static str {
+        match (&self.state, &self.leaving) {
+            (State::Ended, Leaving::Left) => "detached",
+            (State::Tracing, Leaving::No) => State::Tracing.name(),
+            (State::Tracing, _) => "detaching",
+            (state, _) => state.name(),
+        }
+    }
+}
