@@ -1,12 +1,12 @@
 //! `memprof config`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
 use hyper::Method;
 
-use super::{client::request, socket::DEFAULT_SOCKET};
+use super::client::ClientArgs;
 use crate::{
     config::{Config, ConfigChange, parse_interval},
     export::units,
@@ -17,9 +17,8 @@ use crate::{
 /// Blocks that were sampled before a change keep their weight, and totals go on.
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgs {
-    /// Socket of the daemon
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    #[command(flatten)]
+    client: ClientArgs,
 
     /// New mean bytes between samples; 1 takes every allocation, 0 none
     #[arg(short = 'i', long, value_name = "BYTES", value_parser = parse_interval)]
@@ -37,7 +36,8 @@ pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
         }
         None => (Method::GET, String::new()),
     };
-    let answer = request(&args.socket, method, "/v1/config", body);
+    let client = args.client.client()?;
+    let answer = client.request(method, "/v1/config", body);
     let answer = super::runtime()?.block_on(answer)?;
     let config: Config =
         serde_json::from_slice(&answer).context("the daemon's answer is no configuration")?;

@@ -7,10 +7,10 @@ use clap::Args;
 
 use super::{
     args::{TraceArgs, parse_seconds},
+    listen::ListenArgs,
     names::NamesArgs,
     record::announce,
     signals::Interrupts,
-    socket::{DEFAULT_SOCKET, Socket},
 };
 use crate::{
     export::{Format, http::router},
@@ -36,9 +36,8 @@ pub(super) struct DaemonArgs {
     )]
     pids: Vec<u32>,
 
-    /// Unix socket to answer HTTP on, mode 0600
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    #[command(flatten)]
+    listen: ListenArgs,
 
     /// Write a profile each time so many seconds have passed, and one at the end
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, requires = "dump_dir")]
@@ -89,7 +88,7 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
         _ => None,
     };
     let symbolizer = args.names.start()?;
-    let (socket, listener) = Socket::bind(&args.socket)?;
+    let listeners = args.listen.bind().await?;
     let tracer = Tracer::start(args.trace.options())?;
     for &pid in &args.pids {
         let attached = tokio::select! {
@@ -111,11 +110,7 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
         tracer: tracer.clone(),
         symbolizer,
     };
-    let server = tokio::spawn({
-        let router = router(service.clone());
-        async move { axum::serve(listener, router).await }
-    });
-    eprintln!("memprof: listening on {}", args.socket.display());
+    let serving = listeners.serve(&router(service.clone(), args.listen.metrics_targets))?;
     let dumper = dump
         .clone()
         .map(|options| tokio::spawn(dump_forever(service.clone(), options)));
@@ -127,9 +122,7 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
     if let Some(options) = dump {
         dump_once(&service, &options).await;
     }
-    // Nobody is to connect to a daemon that is ending.
-    drop(socket);
-    server.abort();
+    serving.stop();
     tracer.stop().await;
     Ok(ExitCode::SUCCESS)
 }

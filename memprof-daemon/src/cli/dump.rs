@@ -7,25 +7,26 @@ use std::{
 };
 
 use clap::Args;
-use hyper::Method;
 
 use super::{
-    client::request,
+    client::ClientArgs,
     output::{Output, format_for},
-    socket::DEFAULT_SOCKET,
 };
 use crate::export::Format;
 
 /// Ask a running daemon for a profile.
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
-    /// Socket of the daemon
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    #[command(flatten)]
+    client: ClientArgs,
 
     /// Process to show [default: all that the daemon traces]
     #[arg(short = 'p', long = "pid", value_name = "PID")]
     pid: Option<u32>,
+
+    /// Ask for what happens in so many seconds from now on, not for all since the attach
+    #[arg(short = 's', long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    seconds: Option<u32>,
 
     /// Format of the profile [default: by the file's name, else json; text to
     /// the terminal]
@@ -44,8 +45,11 @@ pub(super) fn run(args: DumpArgs) -> anyhow::Result<ExitCode> {
     if let Some(pid) = args.pid {
         query.push_str(&format!("&pid={pid}"));
     }
-    let body = request(&args.socket, Method::GET, &query, String::new());
-    let body = super::runtime()?.block_on(body)?;
+    if let Some(seconds) = args.seconds {
+        query.push_str(&format!("&seconds={seconds}"));
+    }
+    let client = args.client.client()?;
+    let body = super::runtime()?.block_on(client.get(&query))?;
     output.write_with(|sink| sink.write_all(&body))?;
     io::stdout().flush().ok();
     Ok(ExitCode::SUCCESS)

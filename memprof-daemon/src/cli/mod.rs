@@ -7,8 +7,10 @@ mod client;
 mod config;
 mod daemon;
 mod dump;
+mod listen;
 mod names;
 mod output;
+mod ps;
 mod record;
 mod signals;
 mod socket;
@@ -42,6 +44,8 @@ enum Command {
     Daemon(daemon::DaemonArgs),
     /// Ask a running daemon for a profile
     Dump(dump::DumpArgs),
+    /// List what a running daemon traces
+    Ps(ps::PsArgs),
     /// Show or change the sampling interval of a running daemon
     Config(config::ConfigArgs),
     Check(check::CheckArgs),
@@ -57,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Record(args) => record::run(args),
         Command::Daemon(args) => daemon::run(args),
         Command::Dump(args) => dump::run(args),
+        Command::Ps(args) => ps::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::Config(args) => config::run(args),

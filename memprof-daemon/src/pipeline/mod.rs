@@ -11,6 +11,7 @@
 pub mod capture;
 pub mod dump;
 pub mod install;
+mod metrics;
 mod prober;
 mod scan;
 pub mod service;

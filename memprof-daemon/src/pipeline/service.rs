@@ -1,15 +1,22 @@
 //! Answers to the HTTP API.
 
+use std::time::Duration;
+
 use super::{
     capture::Capture,
-    tracer::{ConfigError, TracerHandle},
+    metrics::metrics,
+    target::TargetError,
+    tracer::{ConfigError, LeaveError, TracerHandle},
 };
 use crate::{
     config::{Config, ConfigChange},
     export::{
         http::{Backend, BackendError},
+        json::rfc_3339,
+        metrics::Metrics,
         profile::Profile,
     },
+    process::info::ProcessError,
     symbolize::worker::SymbolizeHandle,
 };
 
@@ -29,7 +36,26 @@ impl Service {
     ///
     /// [`BackendError::Ended`] if the pipeline has.
     pub async fn profile_of(&self, pid: Option<u32>) -> Result<Profile, BackendError> {
-        let capture: Capture = self.tracer.capture(pid).await.ok_or(BackendError::Ended)?;
+        let capture = self.tracer.capture(pid).await.ok_or(BackendError::Ended)?;
+        self.name(capture).await
+    }
+
+    /// The same of what happens in a window that begins now.
+    async fn profile_in(
+        &self,
+        pid: Option<u32>,
+        window: Duration,
+    ) -> Result<Profile, BackendError> {
+        let mark = self.tracer.mark().await.ok_or(BackendError::Ended)?;
+        if let Some(pid) = pid.filter(|&pid| !mark.has(pid)) {
+            return Err(BackendError::NoSuchProcess(pid));
+        }
+        tokio::time::sleep(window).await;
+        let capture = self.tracer.capture_since(pid, Some(mark)).await;
+        self.name(capture.ok_or(BackendError::Ended)?).await
+    }
+
+    async fn name(&self, capture: Capture) -> Result<Profile, BackendError> {
         capture
             .symbolize(&self.symbolizer)
             .await
@@ -37,11 +63,56 @@ impl Service {
     }
 }
 
+/// What a process that cannot be traced means for who asked.
+fn unfit(error: TargetError) -> BackendError {
+    let message = with_causes(&error);
+    match error {
+        TargetError::Process(ProcessError::NotFound { .. }) | TargetError::Exited(_) => {
+            BackendError::NotFound(message)
+        }
+        TargetError::Already(_) | TargetError::InUse(_) | TargetError::HasLeftover(_) => {
+            BackendError::Conflict(message)
+        }
+        TargetError::Stopped => BackendError::Ended,
+        TargetError::Process(_)
+        | TargetError::Find(_)
+        | TargetError::Attach(_)
+        | TargetError::Prefilter(_)
+        | TargetError::Leftover { .. }
+        | TargetError::TooMany(_) => BackendError::Unfit(message),
+        TargetError::Map { .. } => BackendError::Failed(message),
+    }
+}
+
+/// An error with what led to it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        message += &format!(": {error}");
+        source = error.source();
+    }
+    message
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
 impl Backend for Service {
-    async fn profile(&self, pid: Option<u32>) -> Result<Profile, BackendError> {
-        let profile = self.profile_of(pid).await?;
+    async fn profile(
+        &self,
+        pid: Option<u32>,
+        window: Option<Duration>,
+    ) -> Result<Profile, BackendError> {
+        let profile = match window {
+            Some(window) => self.profile_in(pid, window).await?,
+            None => self.profile_of(pid).await?,
+        };
         match pid {
-            Some(pid) if profile.processes.is_empty() => Err(BackendError::NoSuchProcess(pid)),
+            Some(pid) if window.is_none() && profile.processes.is_empty() => {
+                Err(BackendError::NoSuchProcess(pid))
+            }
             _ => Ok(profile),
         }
     }
@@ -68,7 +139,7 @@ impl Backend for Service {
         answer
             .ok_or(BackendError::Ended)?
             .map_err(|error| match error {
-                ConfigError::Refused(_) => BackendError::Refused(error.to_string()),
+                ConfigError::Refused(_) => BackendError::Conflict(error.to_string()),
                 ConfigError::Map(_) => BackendError::Failed(error.to_string()),
             })
     }
@@ -76,5 +147,40 @@ impl Backend for Service {
     async fn processes(&self) -> Result<serde_json::Value, BackendError> {
         let processes = self.tracer.processes().await.ok_or(BackendError::Ended)?;
         serde_json::to_value(processes).map_err(|error| BackendError::Failed(error.to_string()))
+    }
+
+    async fn metrics(&self) -> Result<Metrics, BackendError> {
+        let stats = self.tracer.stats().await.ok_or(BackendError::Ended)?;
+        Ok(metrics(stats))
+    }
+
+    async fn attach(&self, pid: u32) -> Result<serde_json::Value, BackendError> {
+        let attached = self.tracer.attach(pid).await.map_err(unfit)?;
+        Ok(serde_json::json!({
+            "pid": attached.pid,
+            "comm": attached.comm,
+            "sites": attached.sites,
+            "modules": attached.modules,
+            "attach_ms": milliseconds(attached.attach_time),
+        }))
+    }
+
+    async fn detach(&self, pid: u32) -> Result<serde_json::Value, BackendError> {
+        let left = self.tracer.detach(pid).await.map_err(|error| match error {
+            LeaveError::NotTraced(pid) => BackendError::NoSuchProcess(pid),
+            LeaveError::Busy(_) => BackendError::Conflict(error.to_string()),
+            LeaveError::Stopped => BackendError::Ended,
+        })?;
+        Ok(serde_json::json!({
+            "pid": left.pid,
+            "detach_ms": left.detach_time.map(milliseconds),
+            "stopped_ms": milliseconds(left.stopped),
+            "remains": left.remains,
+        }))
+    }
+
+    async fn reset(&self) -> Result<serde_json::Value, BackendError> {
+        let since = self.tracer.reset().await.ok_or(BackendError::Ended)?;
+        Ok(serde_json::json!({ "counted_since": rfc_3339(since) }))
     }
 }

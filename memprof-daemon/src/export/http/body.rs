@@ -7,6 +7,8 @@ use axum::body::{Body, Bytes};
 use http_body_util::channel::{Channel, Sender};
 use tokio::runtime::Handle;
 
+use super::limits::PIECE_TIME;
+
 /// Bytes in a piece.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -50,10 +52,13 @@ impl Pieces {
             return Ok(());
         }
         let piece = mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES));
-        self.runtime
-            .block_on(self.sender.send_data(piece.into()))
-            // The client has gone.
-            .map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let sending = self.sender.send_data(piece.into());
+        let sending = async { tokio::time::timeout(PIECE_TIME, sending).await };
+        match self.runtime.block_on(sending) {
+            Ok(Ok(())) => Ok(()),
+            // The client has gone, or is there and takes nothing.
+            Ok(Err(_)) | Err(_) => Err(io::ErrorKind::BrokenPipe.into()),
+        }
     }
 }
 

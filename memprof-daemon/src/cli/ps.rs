@@ -1,0 +1,173 @@
+//! `memprof ps`.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use super::client::ClientArgs;
+use crate::export::units;
+
+/// List what a running daemon traces, and what it has seen of each process.
+///
+/// STOPPED is how long a process ever stood still at most while memprof changed it, ATTACH how
+/// long attaching to it took the kernel. LOST adds up what was lost or came late, of all causes:
+/// `memprof dump` tells which.
+#[derive(Debug, Args)]
+pub(super) struct PsArgs {
+    #[command(flatten)]
+    client: ClientArgs,
+
+    /// How to write it
+    #[arg(short = 'f', long, value_enum, default_value_t = PsFormat::Text)]
+    format: PsFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PsFormat {
+    /// A table
+    Text,
+    /// What the daemon answers on /v1/processes
+    Json,
+}
+
+/// What of `/v1/processes` is shown.
+#[derive(Debug, Deserialize)]
+struct Process {
+    pid: u32,
+    comm: String,
+    state: String,
+    engine: String,
+    samples: u64,
+    inuse_bytes: u64,
+    alloc_bytes_per_s: Option<f64>,
+    losses: std::collections::BTreeMap<String, u64>,
+    longest_stopped_ms: f64,
+    attach_ms: f64,
+}
+
+pub(super) fn run(args: &PsArgs) -> anyhow::Result<ExitCode> {
+    let client = args.client.client()?;
+    let body = super::runtime()?.block_on(client.get("/v1/processes"))?;
+    let text = match args.format {
+        PsFormat::Json => body.to_vec(),
+        PsFormat::Text => {
+            let processes: Vec<Process> = serde_json::from_slice(&body)
+                .context("the daemon's answer is no list of processes: is it another version?")?;
+            table(&processes).into_bytes()
+        }
+    };
+    let mut out = io::stdout().lock();
+    match out.write_all(&text).and_then(|()| out.flush()) {
+        // Whoever read us has seen enough (`| head`).
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        written => written.context("cannot write to standard output")?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+const HEADING: [&str; 10] = [
+    "PID", "STATE", "ENGINE", "SAMPLES", "IN USE", "ALLOC/S", "LOST", "STOPPED", "ATTACH",
+    "COMMAND",
+];
+
+/// Columns that are words: numbers stand to the right.
+const WORDS: [bool; 10] = [
+    false, true, true, false, false, false, false, false, false, true,
+];
+
+/// A line a process, those first that hold most.
+fn table(processes: &[Process]) -> String {
+    let mut processes: Vec<&Process> = processes.iter().collect();
+    processes.sort_by_key(|process| (std::cmp::Reverse(process.inuse_bytes), process.pid));
+    let mut rows = vec![HEADING.map(str::to_owned)];
+    rows.extend(processes.into_iter().map(row));
+    let mut widths = [0; HEADING.len()];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for ((cell, width), is_word) in row.iter().zip(widths).zip(WORDS) {
+            if !line.is_empty() {
+                line.push_str("  ");
+            }
+            // A String takes whatever it is given.
+            let _ = if is_word {
+                write!(line, "{cell:<width$}")
+            } else {
+                write!(line, "{cell:>width$}")
+            };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row(process: &Process) -> [String; HEADING.len()] {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the cast saturates, and a rate is not negative"
+    )]
+    let rate = process
+        .alloc_bytes_per_s
+        .map_or("-".to_owned(), |rate| units::bytes(rate as u64));
+    let milliseconds = |time: f64| format!("{time:.1} ms");
+    [
+        process.pid.to_string(),
+        process.state.clone(),
+        process.engine.clone(),
+        units::count(process.samples),
+        units::bytes(process.inuse_bytes),
+        rate,
+        units::count(process.losses.values().sum()),
+        milliseconds(process.longest_stopped_ms),
+        milliseconds(process.attach_ms),
+        // A program can call itself anything.
+        process.comm.replace(char::is_control, "?"),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check the table: who holds most first, numbers to the right, and names that cannot
+    /// move the terminal's cursor.
+    #[test]
+    fn columns() {
+        let process = |pid, comm: &str, inuse_bytes| Process {
+            pid,
+            comm: comm.to_owned(),
+            state: "tracing".to_owned(),
+            engine: "prefilter".to_owned(),
+            samples: 1234,
+            inuse_bytes,
+            alloc_bytes_per_s: (pid == 7).then_some(2048.0),
+            losses: [("a".to_owned(), 1), ("b".to_owned(), 2)].into(),
+            longest_stopped_ms: 1.25,
+            attach_ms: 30.0,
+        };
+        let text = table(&[
+            process(7, "small", 10),
+            process(4242, "la\x1b[2Jrge", 1 << 20),
+        ]);
+        let expected = [
+            " PID  STATE    ENGINE     SAMPLES  IN USE  ALLOC/S  LOST  STOPPED   ATTACH  COMMAND",
+            "4242  tracing  prefilter    1,234   1 MiB        -     3   1.2 ms  30.0 ms  la?[2Jrge",
+            "   7  tracing  prefilter    1,234    10 B    2 KiB     3   1.2 ms  30.0 ms  small",
+        ];
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines, expected);
+    }
+}
