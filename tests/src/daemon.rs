@@ -64,6 +64,12 @@ impl Daemon {
         }
     }
 
+    /// The first address that it listens on over TCP.
+    #[must_use]
+    pub fn tcp(&self) -> http::Tcp {
+        http::Tcp::told(&self.running.stderr())
+    }
+
     /// What it tells about itself.
     #[must_use]
     pub fn stats(&self) -> Value {

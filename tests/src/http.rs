@@ -1,7 +1,8 @@
-//! The least of HTTP/1.1 over a Unix socket.
+//! The least of HTTP/1.1, over a Unix socket and over TCP.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
     time::Duration,
@@ -60,16 +61,94 @@ pub fn request_with(socket: &Path, method: &str, path: &str, body: &str) -> Resp
     stream
         .set_write_timeout(Some(Duration::from_secs(30)))
         .expect("a write timeout");
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-         Content-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .expect("sending a request");
+    exchange(&mut stream, method, path, &[("Host", "localhost")], body)
+}
+
+/// One request and its answer.
+fn exchange(
+    stream: &mut (impl Read + Write),
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Response {
+    let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
+    for (name, value) in headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    head += &format!("Content-Length: {}\r\n\r\n", body.len());
+    stream
+        .write_all(head.as_bytes())
+        .and_then(|()| stream.write_all(body.as_bytes()))
+        .expect("sending a request");
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).expect("reading an answer");
     parse(&answer)
+}
+
+/// A daemon that listens on TCP.
+#[derive(Clone, Debug)]
+pub struct Tcp {
+    /// Where.
+    pub address: SocketAddr,
+    /// Headers of every request, beside `Host`.
+    pub headers: Vec<(String, String)>,
+}
+
+impl Tcp {
+    /// The first `http://ADDR:PORT` in what a daemon says.
+    #[must_use]
+    pub fn told(text: &str) -> Self {
+        let (_, rest) = text.split_once("http://").expect("an address");
+        let end = rest.find([',', ' ', '\n']).unwrap_or(rest.len());
+        Self {
+            address: rest[..end].parse().expect("an address and a port"),
+            headers: Vec::new(),
+        }
+    }
+
+    /// Its URL, without a slash at the end.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The same with one more header.
+    #[must_use]
+    pub fn with(&self, name: &str, value: &str) -> Self {
+        let mut other = self.clone();
+        other.headers.push((name.to_owned(), value.to_owned()));
+        other
+    }
+
+    /// A connection of its own.
+    #[must_use]
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).expect("a connection");
+        let limit = Some(Duration::from_secs(60));
+        stream.set_read_timeout(limit).expect("a read timeout");
+        stream.set_write_timeout(limit).expect("a write timeout");
+        stream
+    }
+
+    /// Asks for `path`.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Response {
+        self.request("GET", path, "")
+    }
+
+    /// Sends a request.
+    #[must_use]
+    pub fn request(&self, method: &str, path: &str, body: &str) -> Response {
+        let host = self.address.to_string();
+        let mut headers: Vec<(&str, &str)> = Vec::new();
+        let is_named = |(name, _): &(String, String)| name.eq_ignore_ascii_case("host");
+        if !self.headers.iter().any(is_named) {
+            headers.push(("Host", &host));
+        }
+        headers.extend(self.headers.iter().map(|(n, v)| (n.as_str(), v.as_str())));
+        exchange(&mut self.connect(), method, path, &headers, body)
+    }
 }
 
 fn parse(answer: &[u8]) -> Response {

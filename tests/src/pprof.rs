@@ -11,25 +11,22 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopLine {
     /// Value of the function itself.
-    pub flat: u64,
+    pub flat: i64,
     /// Value of the function and what it called.
-    pub cumulative: u64,
+    pub cumulative: i64,
     /// Its name.
     pub function: String,
 }
 
-/// What `go tool pprof -top` says of `file`, without a cut.
+/// What `go tool pprof -top` says of `file`, or what a URL answers, without a cut.
 #[must_use]
 pub fn top(dir: &TempDir, file: impl AsRef<Path>, sample_index: &str) -> Vec<TopLine> {
-    let index = format!("-sample_index={sample_index}");
-    let options = [
-        "-top",
-        "-unit=B",
-        "-nodefraction=0",
-        "-nodecount=100000",
-        &index,
-    ];
-    let finished = run(dir, &options, file.as_ref());
+    let finished = run(
+        dir,
+        file.as_ref(),
+        &[&format!("-sample_index={sample_index}")],
+    );
+    finished.expect_code(0);
     assert!(
         finished.stdout.contains(&format!("Type: {sample_index}")),
         "{finished}"
@@ -37,24 +34,46 @@ pub fn top(dir: &TempDir, file: impl AsRef<Path>, sample_index: &str) -> Vec<Top
     parse_top(&finished.stdout)
 }
 
-/// What `go tool pprof -tags` says of `file`: the labels of its samples.
+/// The same of the values that the profile itself has shown first, and which those are;
+/// with more options.
 #[must_use]
-pub fn tags(dir: &TempDir, file: impl AsRef<Path>) -> String {
-    run(dir, &["-tags"], file.as_ref()).stdout
+pub fn top_by_default(dir: &TempDir, url: &str, options: &[&str]) -> (String, Vec<TopLine>) {
+    let finished = run(dir, Path::new(url), options);
+    finished.expect_code(0);
+    let mut lines = finished.stdout.lines();
+    let shown = lines.find_map(|line| line.strip_prefix("Type: "));
+    let shown = shown.unwrap_or_else(|| panic!("no type: {finished}"));
+    (shown.to_owned(), parse_top(&finished.stdout))
 }
 
-fn run(dir: &TempDir, options: &[&str], file: &Path) -> Finished {
+/// What `go tool pprof -tags` says of `file`, or what a URL answers.
+#[must_use]
+pub fn tags(dir: &TempDir, file: impl AsRef<Path>) -> String {
+    let mut command = go_pprof(dir);
+    command.args(["-tags", "-unit=B"]).arg(file.as_ref());
+    let finished = Running::spawn(&mut command).finish_within(LONG_LIMIT);
+    finished.expect_code(0);
+    finished.stdout
+}
+
+fn run(dir: &TempDir, file: &Path, options: &[&str]) -> Finished {
+    let mut command = go_pprof(dir);
+    command
+        .args(["-top", "-unit=B", "-nodefraction=0", "-nodecount=100000"])
+        .args(options)
+        .arg(file);
+    Running::spawn(&mut command).finish_within(LONG_LIMIT)
+}
+
+fn go_pprof(dir: &TempDir) -> Command {
     let mut command = Command::new("go");
     command
         .args(["tool", "pprof"])
-        .args(options)
-        .arg(file)
         .env("HOME", dir.path())
         .env("PPROF_TMPDIR", dir.path())
+        .env("NO_PROXY", "127.0.0.1")
         .env("GOTOOLCHAIN", "local");
-    let finished = Running::spawn(&mut command).finish_within(LONG_LIMIT);
-    finished.expect_code(0);
-    finished
+    command
 }
 
 /// ```text

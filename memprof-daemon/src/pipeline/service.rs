@@ -16,6 +16,7 @@ use crate::{
         metrics::Metrics,
         profile::Profile,
     },
+    prefilter::error::DetachError,
     process::info::ProcessError,
     symbolize::worker::SymbolizeHandle,
 };
@@ -67,9 +68,12 @@ impl Service {
 fn unfit(error: TargetError) -> BackendError {
     let message = with_causes(&error);
     match error {
-        TargetError::Process(ProcessError::NotFound { .. }) | TargetError::Exited(_) => {
-            BackendError::NotFound(message)
+        TargetError::Process(ProcessError::NotFound { .. })
+        | TargetError::Leftover {
+            error: DetachError::Process(ProcessError::NotFound { .. }),
+            ..
         }
+        | TargetError::Exited(_) => BackendError::NotFound(message),
         TargetError::Already(_) | TargetError::InUse(_) | TargetError::HasLeftover(_) => {
             BackendError::Conflict(message)
         }
@@ -89,7 +93,12 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        message += &format!(": {error}");
+        // Some say what led to them themselves.
+        let cause = error.to_string();
+        if !message.ends_with(&cause) {
+            message += ": ";
+            message += &cause;
+        }
         source = error.source();
     }
     message
