@@ -151,7 +151,9 @@ impl Tcp {
     }
 }
 
-fn parse(answer: &[u8]) -> Response {
+/// Reads an answer, all of it.
+#[must_use]
+pub fn parse(answer: &[u8]) -> Response {
     let end = find(answer, b"\r\n\r\n").expect("an end of the headers");
     let head = std::str::from_utf8(&answer[..end]).expect("headers are text");
     let mut lines = head.split("\r\n");

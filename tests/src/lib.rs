@@ -12,6 +12,7 @@ pub mod dir;
 pub mod engine;
 pub mod http;
 pub mod memprof;
+pub mod openapi;
 pub mod oracle;
 pub mod pprof;
 pub mod profile;

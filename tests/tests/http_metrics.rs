@@ -150,6 +150,10 @@ fn prometheus_scrapes() {
     eventually(|| std::net::TcpStream::connect(address).ok());
     let query = |query: &str| -> Option<Value> {
         let answer = asked.get(&format!("/api/v1/query?query={query}"));
+        // It answers queries a moment after it has begun to listen.
+        if answer.status != 200 {
+            return None;
+        }
         let result = answer.json()["data"]["result"].as_array()?.first()?.clone();
         Some(result)
     };
