@@ -21,6 +21,10 @@ use crate::export::{
 /// The value of the field `schema`.
 pub const SCHEMA: &str = "memprof.profile/1";
 
+/// The same for the profile of a window: what is in use may be below zero there, which readers
+/// of the other need not know of.
+pub const WINDOW_SCHEMA: &str = "memprof.window/1";
+
 /// Writes a profile as JSON, stack by stack, with a newline at the end.
 ///
 /// # Errors
@@ -74,7 +78,10 @@ impl<'a> From<&'a Profile> for Document<'a> {
             emulated: site.emulated,
         };
         Self {
-            schema: SCHEMA,
+            schema: match profile.window {
+                Some(_) => WINDOW_SCHEMA,
+                None => SCHEMA,
+            },
             captured_at: rfc_3339(profile.captured_at),
             duration_s: seconds(profile.duration),
             window_s: profile.window.map(seconds),

@@ -21,12 +21,28 @@ fn validator() -> jsonschema::Validator {
     jsonschema::validator_for(&schema).unwrap()
 }
 
+/// A window in which more was freed than allocated.
+fn window() -> Profile {
+    let mut profile = testing::profile();
+    profile.window = Some(Duration::from_secs(30));
+    for stack in profile
+        .processes
+        .iter_mut()
+        .flat_map(|process| &mut process.stacks)
+    {
+        stack.counters.is_change = true;
+        stack.counters.free_bytes = stack.counters.alloc_bytes * 2.0;
+        stack.counters.free_objects = stack.counters.alloc_objects * 2.0;
+    }
+    profile
+}
+
 /// Check that what is written is what the published schema promises, for a
-/// profile with everything in it and for an empty one.
+/// profile with everything in it, for an empty one and for one of a window.
 #[test]
 fn output_validates() {
     let validator = validator();
-    for profile in [testing::profile(), testing::empty_profile()] {
+    for profile in [testing::profile(), testing::empty_profile(), window()] {
         let document = document(&profile);
         let errors: Vec<_> = validator.iter_errors(&document).collect();
         assert!(errors.is_empty(), "{errors:?}\n{document:#}");
@@ -71,6 +87,14 @@ fn schema_refuses_broken_documents() {
         *document.pointer_mut(pointer).unwrap() = broken.clone();
         assert!(!validator.is_valid(&document), "{pointer}: {broken}");
     }
+    let mut window = document(&window());
+    assert!(window["processes"][0]["estimates"]["inuse_bytes"].as_i64() < Some(0));
+    assert_eq!(window["window_s"], 30.0);
+    window["schema"] = json!(SCHEMA);
+    assert!(!validator.is_valid(&window));
+    window["window_s"].take();
+    window["schema"] = json!(WINDOW_SCHEMA);
+    assert!(!validator.is_valid(&window));
     let mut extra = good;
     extra["surprise"] = json!(1);
     assert!(!validator.is_valid(&extra));
