@@ -6,14 +6,18 @@
 //! that its counters only grow; those without are counted by `memprof_targets_unlisted`, and
 //! are in the sums.
 
+mod out;
+
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric, prometheus_text, text},
-    metrics::{counter::ConstCounter, gauge::ConstGauge, histogram::Histogram},
+    encoding::{DescriptorEncoder, prometheus_text, text},
+    metrics::histogram::Histogram,
     registry::Registry,
 };
+
+use self::out::Out;
 
 /// What is told, at one moment.
 #[derive(Clone, Debug, Default)]
@@ -405,164 +409,5 @@ impl Scrape {
     }
 }
 
-/// Writes descriptors with their values.
-struct Out<'a>(DescriptorEncoder<'a>);
-
-impl Out<'_> {
-    fn one(&mut self, name: &str, help: &str, metric: &impl EncodeMetric) -> fmt::Result {
-        let encoder = self
-            .0
-            .encode_descriptor(name, help, None, metric.metric_type())?;
-        metric.encode(encoder)
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.one(name, help, &ConstGauge::new(value))
-    }
-
-    fn gauge_f64(&mut self, name: &str, help: &str, value: Duration) -> fmt::Result {
-        self.one(name, help, &ConstGauge::new(value.as_secs_f64()))
-    }
-
-    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.one(name, help, &ConstCounter::new(value))
-    }
-
-    fn counter_f64(&mut self, name: &str, help: &str, value: Duration) -> fmt::Result {
-        self.one(name, help, &ConstCounter::new(value.as_secs_f64()))
-    }
-
-    fn counters<L, const N: usize>(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = ([(&'static str, L); N], u64)>,
-    ) -> fmt::Result
-    where
-        L: prometheus_client::encoding::EncodeLabelValue,
-    {
-        let series = series.into_iter();
-        let series = series.map(|(labels, value)| (labels, ConstCounter::new(value)));
-        self.family(name, help, series)
-    }
-
-    fn gauges<L, V, const N: usize>(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = ([(&'static str, L); N], V)>,
-    ) -> fmt::Result
-    where
-        L: prometheus_client::encoding::EncodeLabelValue,
-        V: prometheus_client::encoding::EncodeGaugeValue,
-    {
-        let series = series.into_iter();
-        let series = series.map(|(labels, value)| (labels, ConstGauge::new(value)));
-        self.family(name, help, series)
-    }
-
-    /// Writes nothing, not even a name, for a family without series.
-    fn family<L, M, const N: usize>(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl Iterator<Item = ([(&'static str, L); N], M)>,
-    ) -> fmt::Result
-    where
-        L: prometheus_client::encoding::EncodeLabelValue,
-        M: EncodeMetric,
-    {
-        let mut series = series.peekable();
-        let Some((_, first)) = series.peek() else {
-            return Ok(());
-        };
-        let mut encoder = self
-            .0
-            .encode_descriptor(name, help, None, first.metric_type())?;
-        for (labels, metric) in series {
-            metric.encode(encoder.encode_family(&labels)?)?;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn target(pid: u32, state: &'static str, seconds: u64) -> TargetMetrics {
-        TargetMetrics {
-            pid,
-            comm: "a \"b\\\n".to_owned(),
-            state,
-            engine: "uprobe",
-            traced: Duration::from_secs(seconds),
-            samples: u64::from(pid) * 10,
-            ..TargetMetrics::default()
-        }
-    }
-
-    fn told(format: MetricsFormat, max_targets: usize) -> String {
-        let metrics = Metrics {
-            version: "1",
-            losses: BTreeMap::from([("ring_full", 3)]),
-            targets: vec![
-                target(1, "tracing", 5),
-                target(2, "ended", 100),
-                target(3, "tracing", 50),
-            ],
-            ..Metrics::default()
-        };
-        let dumps = DumpTimes::default();
-        dumps.observe(Duration::from_millis(20));
-        write(format, metrics, &dumps, max_targets).unwrap()
-    }
-
-    /// Check both formats: counters have their suffix, names are escaped, and OpenMetrics has
-    /// its end.
-    #[test]
-    fn formats() {
-        let open = told(MetricsFormat::OpenMetrics, 10);
-        assert!(open.ends_with("# EOF\n"), "{open}");
-        assert!(open.contains("# TYPE memprof_losses counter\n"), "{open}");
-        assert!(open.contains("memprof_losses_total{cause=\"ring_full\"} 3\n"));
-        let series = r#"memprof_target_samples_total{pid="1",comm="a \"b\\\n"} 10"#;
-        assert!(open.contains(series), "{open}");
-        assert!(open.contains("memprof_dump_seconds_bucket{le=\"0.03\"} 1\n"));
-        let prometheus = told(MetricsFormat::Prometheus, 10);
-        assert!(prometheus.contains("# TYPE memprof_losses_total counter\n"));
-        assert!(!prometheus.contains("# EOF"), "{prometheus}");
-    }
-
-    /// Check that no more targets than wanted have series, those first that have been traced
-    /// for longest and still are, and that the others are counted.
-    #[test]
-    fn bounded_targets() {
-        let of = |max| {
-            let text = told(MetricsFormat::OpenMetrics, max);
-            let pids = [1, 2, 3]
-                .map(|pid| text.contains(&format!("memprof_target_samples_total{{pid=\"{pid}\"")));
-            let unlisted = format!("memprof_targets_unlisted {}\n", 3 - max);
-            assert!(text.contains(&unlisted), "{text}");
-            pids
-        };
-        assert_eq!(of(0), [false; 3]);
-        assert_eq!(of(1), [false, false, true]);
-        assert_eq!(of(2), [true, false, true]);
-        assert_eq!(of(3), [true; 3]);
-    }
-
-    /// Check that OpenMetrics is for those who ask for it.
-    #[test]
-    fn accepted() {
-        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,\
-                          text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
-        assert_eq!(
-            MetricsFormat::accepted(prometheus),
-            MetricsFormat::OpenMetrics
-        );
-        for other in ["", "*/*", "text/plain", "application/json"] {
-            assert_eq!(MetricsFormat::accepted(other), MetricsFormat::Prometheus);
-        }
-    }
-}
+mod tests;

@@ -254,7 +254,8 @@ impl Tracer {
     /// under way; what it has counted stays in the sums over all.
     pub(super) fn forget_ended(&mut self, pid: u32) {
         let is_over = self.targets.get(&pid).is_some_and(|target| {
-            !target.is_live() && target.jobs == 0 && target.detach_time.is_some()
+            let is_settled = matches!(target.leaving, Leaving::No | Leaving::Left);
+            !target.is_live() && is_settled && target.jobs == 0 && target.detach_time.is_some()
         });
         if !is_over {
             return;
