@@ -111,3 +111,40 @@ fn no_daemon() {
         .expect_code(1)
         .expect_stderr(&["did not answer"]);
 }
+
+/// Check that `memprof dump -s` writes what happens in a window, and that clients reach a daemon
+/// over TCP for all that they do over its socket.
+#[test]
+fn over_tcp() {
+    let dir = TempDir::new("ps");
+    let mut hold = Running::spawn(&mut target("hold.c").command(&["10", "100"]));
+    hold.wait_stdout(|line| line == "ready");
+    let daemon = Daemon::start(&dir, &[hold.pid()], &["--listen", "0"]);
+    let url = daemon.tcp().url();
+    hold.send("go");
+    hold.wait_stdout(|line| line == "done");
+    let pid = hold.pid().to_string();
+    let dump = |options: &[&str]| {
+        let all = [
+            &["dump", "--connect", &url, "-p", &pid, "-f", "json"][..],
+            options,
+        ]
+        .concat();
+        let dumped = run(&all);
+        dumped.expect_code(0);
+        serde_json::from_str::<Value>(&dumped.stdout).expect("JSON")
+    };
+    let all = dump(&[]);
+    assert_eq!(all["schema"], "memprof.profile/1");
+    assert_eq!(all["processes"][0]["estimates"]["alloc_objects"], 10);
+    let window = dump(&["-s", "1"]);
+    assert_eq!(window["schema"], "memprof.window/1");
+    assert_eq!(window["processes"][0]["estimates"]["alloc_objects"], 0);
+    let set = run(&["config", "--connect", &url, "-i", "4096"]);
+    set.expect_code(0);
+    assert_eq!(set.stdout, "sample interval  4096 bytes (4 KiB)\n");
+    run(&["dump", "--connect", &url, "-p", "1"])
+        .expect_code(1)
+        .expect_stderr(&["process 1 is not traced"]);
+    daemon.stop();
+}
