@@ -41,14 +41,21 @@ pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     let answer = super::runtime()?.block_on(answer)?;
     let config: Config =
         serde_json::from_slice(&answer).context("the daemon's answer is no configuration")?;
+    for setting in in_words(&config) {
+        println!("{setting}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A line a setting.
+pub(super) fn in_words(config: &Config) -> Vec<String> {
     let meaning = match config.sample_interval_bytes {
         0 => "off".to_owned(),
         1 => "every allocation".to_owned(),
         bytes => units::bytes(bytes),
     };
-    println!(
+    vec![format!(
         "sample interval  {} bytes ({meaning})",
         config.sample_interval_bytes
-    );
-    Ok(ExitCode::SUCCESS)
+    )]
 }

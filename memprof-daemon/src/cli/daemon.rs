@@ -7,12 +7,16 @@ use clap::Args;
 
 use super::{
     args::{TraceArgs, parse_seconds},
+    file::Source,
     listen::ListenArgs,
     names::NamesArgs,
+    privileges::Kept,
     record::announce,
     signals::Interrupts,
+    upkeep::Upkeep,
 };
 use crate::{
+    config::ConfigChange,
     export::{Format, http::router},
     pipeline::{
         dump::{DumpOptions, dump_forever, dump_once},
@@ -24,6 +28,11 @@ use crate::{
 /// Trace processes until SIGINT or SIGTERM, and answer on a socket.
 #[derive(Debug, Args)]
 pub(super) struct DaemonArgs {
+    /// Read options from this TOML file, each by its long name; the command line and the
+    /// environment are stronger. SIGHUP has it read again
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
     /// Process to trace; may be repeated
     #[arg(
         short = 'p',
@@ -67,13 +76,38 @@ pub(super) struct DaemonArgs {
     trace: TraceArgs,
 }
 
-pub(super) fn run(args: DaemonArgs) -> anyhow::Result<ExitCode> {
-    super::require_host()?;
-    super::runtime()?.block_on(serve(args))
+impl DaemonArgs {
+    /// The settings that can be changed while it runs.
+    pub(super) fn change(&self) -> ConfigChange {
+        ConfigChange {
+            sample_interval_bytes: Some(self.trace.options().sample_interval_bytes),
+            ..ConfigChange::default()
+        }
+    }
 }
 
-async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: DaemonArgs, source: Option<Source>) -> anyhow::Result<ExitCode> {
+    super::require_host()?;
+    let kept = Kept::of(args.trace.options().probe_mode)?;
+    let runtime = super::runtime_of({
+        let kept = kept.clone();
+        // Each thread has capabilities of its own, and these begin before the main one has
+        // given its up.
+        move || {
+            if let Err(error) = kept.give_up_others() {
+                tracing::warn!("{error:#}");
+            }
+        }
+    })?;
+    runtime.block_on(serve(args, source, &kept))
+}
+
+async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::new().context("cannot catch signals")?;
+    let mut upkeep = Upkeep::new(source).context("cannot catch signals")?;
+    let listeners = args.listen.bind().await?;
+    // Threads that are started from here on have no more than what is left.
+    kept.give_up_others()?;
     let dump = match (args.dump_every, args.dump_dir) {
         (Some(every), Some(dir)) => {
             let options = DumpOptions {
@@ -88,7 +122,6 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
         _ => None,
     };
     let symbolizer = args.names.start()?;
-    let listeners = args.listen.bind().await?;
     let tracer = Tracer::start(args.trace.options())?;
     for &pid in &args.pids {
         let attached = tokio::select! {
@@ -115,7 +148,11 @@ async fn serve(args: DaemonArgs) -> anyhow::Result<ExitCode> {
         .clone()
         .map(|options| tokio::spawn(dump_forever(service.clone(), options)));
 
-    interrupts.next().await;
+    tokio::select! {
+        _ = interrupts.next() => {}
+        () = upkeep.run(&tracer) => {}
+    }
+    upkeep.stopping();
     if let Some(dumper) = dumper {
         dumper.abort();
     }

@@ -7,23 +7,31 @@ mod client;
 mod config;
 mod daemon;
 mod dump;
+mod file;
 mod listen;
+mod log;
 mod names;
+mod notify;
 mod output;
+mod privileges;
 mod ps;
 mod record;
 mod signals;
 mod socket;
+mod upkeep;
 
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
+use self::file::{ParseError, Parsed};
 use crate::{pipeline::target::TargetError, probe::launch::LaunchError};
 
-/// Exit status when something went wrong; clap uses 2 for wrong usage.
+/// Exit status when something went wrong.
 const FAILURE: u8 = 1;
+
+/// Exit status of wrong usage, as of clap.
+const USAGE: u8 = 2;
 
 /// Heap profiles of unmodified, running processes, by eBPF.
 ///
@@ -55,11 +63,18 @@ enum Command {
 /// Parses the command line and does what it says: the one exit point.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    init_log();
+    log::init();
+    let Parsed { cli, source } = match file::parse(std::env::args_os().collect()) {
+        Ok(parsed) => parsed,
+        Err(ParseError::Usage(error)) => error.exit(),
+        Err(error) => {
+            log::say_fatal(&anyhow::anyhow!("{error}"));
+            return ExitCode::from(USAGE);
+        }
+    };
     let result = match cli.command {
         Command::Record(args) => record::run(args),
-        Command::Daemon(args) => daemon::run(args),
+        Command::Daemon(args) => daemon::run(args, source),
         Command::Dump(args) => dump::run(args),
         Command::Ps(args) => ps::run(&args),
         Command::Check(args) => check::run(&args),
@@ -69,7 +84,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("memprof: {error:#}");
+            log::say_fatal(&error);
             ExitCode::from(exit_status(&error))
         }
     }
@@ -82,34 +97,20 @@ fn exit_status(error: &anyhow::Error) -> u8 {
         .map_or(FAILURE, LaunchError::exit_code)
 }
 
-/// Diagnostics go to stderr: warnings, and more by `MEMPROF_LOG=info`. A bare
-/// level is ours alone: libraries have much to say that helps nobody.
-fn init_log() {
-    let wanted = std::env::var("MEMPROF_LOG").unwrap_or_default();
-    let directives = match wanted.as_str() {
-        "" => "warn,memprof_ebpf=trace".to_owned(),
-        level if !level.contains(['=', ',']) => {
-            format!("warn,memprof={level},memprof_ebpf=trace")
-        }
-        directives => directives.to_owned(),
-    };
-    let filter = EnvFilter::try_new(directives)
-        .unwrap_or_else(|_| EnvFilter::new("warn,memprof_ebpf=trace"));
-    // Fails only if a logger is set already.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .try_init();
-}
-
 /// The runtime that everything asynchronous runs in.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    runtime_of(|| {})
+}
+
+/// As [`runtime`], each of whose threads does something first.
+fn runtime_of(
+    begin_thread: impl Fn() + Send + Sync + 'static,
+) -> anyhow::Result<tokio::runtime::Runtime> {
     use anyhow::Context as _;
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("memprof-worker")
+        .on_thread_start(begin_thread)
         // A worker looks for signals and requests between tasks, not after the usual 61:
         // while events flow, a turn of the tracer's is long.
         .event_interval(1)

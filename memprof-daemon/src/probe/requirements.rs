@@ -52,8 +52,12 @@ const CAPABILITIES: [(u32, &str, &str); 4] = [
     (39, "CAP_BPF", "loading BPF programs"),
     (38, "CAP_PERFMON", "probing, and reading memory from BPF"),
     (19, "CAP_SYS_PTRACE", "reading /proc/PID of other users"),
-    (21, "CAP_SYS_ADMIN", "opening /proc/PID/map_files"),
+    (40, "CAP_CHECKPOINT_RESTORE", "opening /proc/PID/map_files"),
 ];
+
+/// What stands for `CAP_CHECKPOINT_RESTORE`, and was the only one before 5.9.
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_CHECKPOINT_RESTORE: u32 = 40;
 
 /// Checks every requirement, also after one is not met.
 #[must_use]
@@ -147,6 +151,7 @@ fn judge_capabilities(effective: u64, root: bool) -> State {
     let missing: Vec<String> = CAPABILITIES
         .iter()
         .filter(|(bit, ..)| effective & 1 << bit == 0)
+        .filter(|(bit, ..)| *bit != CAP_CHECKPOINT_RESTORE || effective & 1 << CAP_SYS_ADMIN == 0)
         .map(|(_, name, purpose)| format!("{name} ({purpose})"))
         .collect();
     if missing.is_empty() {
@@ -300,6 +305,15 @@ mod tests {
             panic!()
         };
         assert!(problem.contains("CAP_BPF") && !problem.contains("CAP_PERFMON"));
+        for (given, met) in [
+            (u64::MAX, true),
+            (!(1 << CAP_SYS_ADMIN), true),
+            (!(1 << CAP_CHECKPOINT_RESTORE), true),
+            (!(1 << CAP_CHECKPOINT_RESTORE | 1 << CAP_SYS_ADMIN), false),
+        ] {
+            let state = judge_capabilities(given, true);
+            assert_eq!(matches!(state, State::Met(_)), met, "{given:x}");
+        }
     }
 
     /// Check that this host passes, as it must for every other test.

@@ -249,6 +249,20 @@ pub fn start_ticks(pid: u32) -> Result<u64, ProcessError> {
     Stat::read(pid).map(|stat| stat.start_ticks)
 }
 
+/// Whether a signal is ignored by this process, as nohup(1) has it.
+#[must_use]
+pub fn is_ignored(signal: i32) -> bool {
+    let mask = read_status(std::process::id()).ok().and_then(|status| {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigIgn:"))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    });
+    let bit = u32::try_from(signal - 1).ok();
+    mask.zip(bit)
+        .is_some_and(|(mask, bit)| mask & 1_u64.checked_shl(bit).unwrap_or(0) != 0)
+}
+
 /// Whether this process sees the pids that BPF programs see.
 ///
 /// # Errors
@@ -394,6 +408,14 @@ mod tests {
             Err(ProcessError::NotFound { .. })
         ));
         child.wait().unwrap();
+    }
+
+    /// Check that ignored signals are told from others: Rust ignores SIGPIPE.
+    #[test]
+    fn ignored_signals() {
+        assert!(is_ignored(libc::SIGPIPE));
+        assert!(!is_ignored(libc::SIGHUP));
+        assert!(!is_ignored(0) && !is_ignored(-1) && !is_ignored(999));
     }
 
     /// Check that the namespace of the tests, which need root on the host, is
