@@ -1,6 +1,6 @@
 //! Embeds the prebuilt BPF object, and refuses one that is older than its
 //! sources: a daemon whose two sides disagree on their records would read
-//! nonsense.
+//! nonsense. Where it comes from goes into the long form of the version.
 
 #[path = "../xtask/src/provenance.rs"]
 mod provenance;
@@ -50,19 +50,43 @@ fn embed() -> Result<(), String> {
 
     let bytes =
         fs::read(&object).map_err(|error| format!("{}: {error}\n{MEND}", object.display()))?;
-    if let Err(reason) = check(&workspace, &provenance, &bytes) {
-        if env::var_os(SKIP).is_none() {
-            return Err(format!("{reason}\n{MEND}"));
+    let origin = match check(&workspace, &provenance, &bytes) {
+        Ok(recorded) => describe(&recorded),
+        Err(reason) if env::var_os(SKIP).is_none() => return Err(format!("{reason}\n{MEND}")),
+        Err(reason) => {
+            println!("cargo::warning={reason}; embedded all the same, since {SKIP} is set");
+            format!(
+                "BPF object  sha256 {}\n            {reason}",
+                sha256(&bytes)
+            )
         }
-        println!("cargo::warning={reason}; embedded all the same, since {SKIP} is set");
+    };
+    let version = format!("{}\n\n{origin}", variable("CARGO_PKG_VERSION")?);
+    let out = PathBuf::from(variable("OUT_DIR")?);
+    for (name, key, content) in [
+        ("memprof.bpf.o", "MEMPROF_BPF_OBJECT", bytes.as_slice()),
+        ("version.txt", "MEMPROF_LONG_VERSION", version.as_bytes()),
+    ] {
+        let path = out.join(name);
+        fs::write(&path, content).map_err(|error| format!("{}: {error}", path.display()))?;
+        println!("cargo::rustc-env={key}={}", path.display());
     }
-    let embedded = PathBuf::from(variable("OUT_DIR")?).join("memprof.bpf.o");
-    fs::write(&embedded, &bytes).map_err(|error| format!("{}: {error}", embedded.display()))?;
-    println!("cargo::rustc-env=MEMPROF_BPF_OBJECT={}", embedded.display());
     Ok(())
 }
 
-fn check(workspace: &Path, provenance: &Path, object: &[u8]) -> Result<(), String> {
+/// What the long form of the version says of the object.
+fn describe(recorded: &Provenance) -> String {
+    [
+        format!("BPF object  sha256 {}", recorded.object_sha256),
+        format!("sources     sha256 {}", recorded.source_sha256),
+        format!("compiler    {}", recorded.compiler),
+        format!("LLVM        {}", recorded.llvm),
+        format!("linker      {}", recorded.linker),
+    ]
+    .join("\n")
+}
+
+fn check(workspace: &Path, provenance: &Path, object: &[u8]) -> Result<Provenance, String> {
     let name = provenance.display();
     let text = fs::read_to_string(provenance).map_err(|error| format!("{name}: {error}"))?;
     let recorded = Provenance::parse(&text).map_err(|key| format!("{name} lacks {key}"))?;
@@ -75,5 +99,5 @@ fn check(workspace: &Path, provenance: &Path, object: &[u8]) -> Result<(), Strin
     if sources != recorded.source_sha256 {
         return Err("the prebuilt BPF object is older than its sources".into());
     }
-    Ok(())
+    Ok(recorded)
 }

@@ -8,6 +8,7 @@ mod config;
 mod daemon;
 mod dump;
 mod file;
+mod generate;
 mod listen;
 mod log;
 mod names;
@@ -38,7 +39,13 @@ const USAGE: u8 = 2;
 /// Which call stacks allocated the memory, and which of them still hold it? No
 /// rebuild, no restart, no preload.
 #[derive(Debug, Parser)]
-#[command(name = "memprof", version, arg_required_else_help = true)]
+#[command(
+    name = "memprof",
+    version,
+    // With what is known of the BPF object that is in it.
+    long_version = include_str!(env!("MEMPROF_LONG_VERSION")),
+    arg_required_else_help = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -58,6 +65,8 @@ enum Command {
     Config(config::ConfigArgs),
     Check(check::CheckArgs),
     Cleanup(cleanup::CleanupArgs),
+    Completions(generate::CompletionsArgs),
+    Man(generate::ManArgs),
 }
 
 /// Parses the command line and does what it says: the one exit point.
@@ -80,6 +89,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::Config(args) => config::run(args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
     };
     match result {
         Ok(code) => code,
