@@ -99,3 +99,38 @@ fn manual_pages() {
     let missing = Running::spawn(&mut memprof(&["man", "/no/such/dir"])).finish();
     missing.expect_code(1).expect_stderr(&["/no/such/dir"]);
 }
+
+/// Check that systemd takes the unit, line by line, and lets it have what the daemon keeps.
+#[test]
+fn unit() {
+    let dir = TempDir::new("packaging");
+    let unit = fs::read_to_string(workspace("dist/memprof.service")).expect("the unit");
+    let installed = "ExecStart=/usr/bin/memprof ";
+    assert!(unit.contains(installed), "{unit}");
+    // It looks for the program, too.
+    let here = format!("ExecStart={} ", memprof_tests::memprof::binary().display());
+    let file = dir.file("memprof.service");
+    fs::write(&file, unit.replace(installed, &here)).expect("a unit");
+    let mut command = Command::new("systemd-analyze");
+    let verified = Running::spawn(command.args(["verify", "--man=no", &file])).finish();
+    verified.expect_code(0);
+    assert!(verified.stderr.is_empty(), "{verified}");
+
+    let service = fs::read_to_string(workspace("docs/service.md")).expect("its description");
+    let lines = unit.lines().filter_map(|line| line.split_once('='));
+    for (key, value) in lines {
+        let is_plain = ["Description", "Documentation", "ExecStart", "WantedBy"].contains(&key);
+        assert!(
+            is_plain || service.contains(key),
+            "{key} is not in docs/service.md"
+        );
+        if key == "CapabilityBoundingSet" {
+            assert!(
+                value
+                    .split(' ')
+                    .all(|one| service.contains(&format!("| {one} |"))),
+                "{value}"
+            );
+        }
+    }
+}

@@ -15,7 +15,7 @@ use std::{
 };
 
 use memprof_tests::{
-    Daemon, Running, TempDir,
+    Daemon, Running, TempDir, Totals,
     daemon::eventually,
     engine::is_prefilter,
     http,
@@ -341,8 +341,12 @@ fn capabilities_are_given_up() {
     let mut other = holder();
     let daemon = Daemon::start(&dir, &[exec.pid(), other.pid()], &[]);
 
-    let by_perf = daemon.stats()["probe_mode"] == "perf" && !is_prefilter();
-    let kept = if by_perf { KEPT | SYS_ADMIN } else { KEPT };
+    let by_perf = daemon.stats()["probe_mode"] == "perf";
+    let kept = if by_perf || is_prefilter() {
+        KEPT | SYS_ADMIN
+    } else {
+        KEPT
+    };
     for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
         for held in capabilities(daemon.running.pid(), set) {
             assert_eq!(held & !kept, 0, "{set} {held:x}");
@@ -406,4 +410,56 @@ fn capabilities_are_given_up() {
     );
     other.send("go");
     other.wait_stdout(|line| line == "done");
+}
+
+/// Check that a process under a seccomp filter is traced by a daemon that has nothing but what
+/// the unit lets it have: without a right to suspend the filter, by uprobes, and it says why;
+/// with that right, by the prefilter if that is wanted.
+#[test]
+fn confined_process() {
+    let dir = TempDir::new("service");
+    let unit = "-all,+bpf,+perfmon,+sys_ptrace,+checkpoint_restore,+dac_read_search,+ipc_lock";
+    for may_suspend in [false, true] {
+        let mut confined = Running::spawn(&mut target("confined.c").command(&["1000", "777"]));
+        confined.wait_stdout(|line| line == "ready");
+        let mut command = Command::new("setpriv");
+        let rights = if may_suspend { ",+sys_admin" } else { "" };
+        command.arg(format!("--bounding-set={unit}{rights}"));
+        command.arg(binary()).args(["daemon", "-i", "1"]);
+        command.args(["--socket", &dir.file("memprof.sock")]);
+        if !is_prefilter() {
+            command.args(["--probe", "uprobe"]);
+        }
+        let daemon = listening(
+            {
+                command.args(["-p", &confined.pid().to_string()]);
+                command
+            },
+            &dir,
+        );
+        confined.send("go");
+        confined.wait_stdout(|line| line == "done");
+        let profile = daemon.profile_when(confined.pid(), |profile| {
+            profile.process().totals().alloc_objects == 1000
+        });
+        let process = profile.process();
+        let totals = process.leaf_totals("confined_alloc");
+        assert_eq!(totals, Totals::of(1000, 1, 777));
+        let wanted = if is_prefilter() && may_suspend {
+            "prefilter"
+        } else {
+            "uprobe"
+        };
+        assert_eq!(process.engine, wanted, "{:?}", process.engine_reason);
+        let reason = process.engine_reason.as_deref().unwrap_or_default();
+        assert_eq!(
+            reason.contains("seccomp"),
+            is_prefilter() && !may_suspend,
+            "{reason}"
+        );
+        daemon.stop();
+        assert!(confined.is_running());
+        confined.close_stdin();
+        confined.finish().expect_code(0);
+    }
 }

@@ -37,11 +37,15 @@ impl Kept {
         let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
         let is_held = |one: &Capability| held.contains(one);
         let mut kept: CapsHashSet = KEPT.into_iter().filter(is_held).collect();
+        // It stands for this one, and was the only one before Linux 5.9.
         let stands_in = !kept.contains(&Capability::CAP_CHECKPOINT_RESTORE);
+        // A process's seccomp filter is suspended while the prefilter is put in
+        // (`ptrace_setoptions` in kernel/ptrace.c wants it).
+        let suspends = choice.may_write();
         // aya attaches by perf events a program that it finds by its number, which the kernel
         // lets nobody else do (`bpf_prog_get_fd_by_id` in kernel/bpf/syscall.c).
         let by_perf = choice.resolve().is_ok_and(|mode| mode == ProbeMode::Perf);
-        if (stands_in || by_perf) && is_held(&Capability::CAP_SYS_ADMIN) {
+        if (stands_in || suspends || by_perf) && is_held(&Capability::CAP_SYS_ADMIN) {
             kept.insert(Capability::CAP_SYS_ADMIN);
         }
         Ok(Self(kept))
