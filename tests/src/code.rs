@@ -1,4 +1,5 @@
-//! The bytes of a process's allocator, in memory and in its file.
+//! What a process has mapped of files, and the bytes of its allocator, in memory and in
+//! its file.
 
 use std::{
     fs::{self, File},
@@ -21,6 +22,18 @@ const FUNCTIONS: &[&str] = &[
     "pvalloc",
     "free",
 ];
+
+/// The mappings of files of process `pid`, which no allocation changes.
+#[must_use]
+pub fn file_maps(pid: u32) -> Vec<String> {
+    fs::read_to_string(format!("/proc/{pid}/maps"))
+        .expect("the target's maps")
+        .lines()
+        .filter(|line| line.contains('/') || line.contains("[v"))
+        // Another test may have built the same program in its place.
+        .map(|line| line.trim_end_matches(" (deleted)").to_owned())
+        .collect()
+}
 
 /// The machine code of a process's allocator functions.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,26 +3,19 @@
 use std::{fs, thread, time::Duration};
 
 use memprof_tests::{
-    Daemon, Record, Running, TempDir, code::AllocatorCode, daemon::eventually, engine::cleanup,
+    Daemon, Record, Running, TempDir,
+    code::{AllocatorCode, file_maps},
+    daemon::eventually,
+    engine::cleanup,
     memprof, target,
 };
 use nix::sys::signal::Signal;
 
 const PREFILTER: &[&str] = &["--probe", "prefilter"];
 
-/// Mappings, without those that the program itself changes as it allocates.
+/// All mappings.
 fn maps(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps")
-}
-
-/// The mappings of files, which no allocation changes.
-fn file_maps(pid: u32) -> Vec<String> {
-    maps(pid)
-        .lines()
-        .filter(|line| line.contains('/') || line.contains("[v"))
-        // Another test may have built the same program in its place.
-        .map(|line| line.trim_end_matches(" (deleted)").to_owned())
-        .collect()
 }
 
 fn holder() -> Running {
