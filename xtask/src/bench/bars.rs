@@ -1,7 +1,7 @@
 //! What memprof is held to, judged by the results.
 
 use super::{
-    render::unwinding::slowest,
+    render::{stops::longest, unwinding::slowest},
     report::{Bar, Outcome, PairRow, Report, Verdict},
     stats::Estimate,
     tables::LLVM,
@@ -35,6 +35,7 @@ pub(super) fn bars(report: &Report) -> Vec<Bar> {
     ]);
     bars.extend(trace(report));
     bars.extend(dump(report));
+    bars.push(stopped(report));
     bars.extend([walked(report), compiled(report), held_once(report)]);
     bars
 }
@@ -241,6 +242,28 @@ fn dump(report: &Report) -> [Bar; 3] {
     ]
 }
 
+/// The longest that a process may stand still, in milliseconds.
+const MOST_STOPPED_MS: f64 = 20.0;
+
+fn stopped(report: &Report) -> Bar {
+    let row = report.stops.iter().max_by_key(|row| row.threads);
+    let result = row.map(|row| {
+        let (attach, detach) = (longest(&row.stopped_ms), longest(&row.unstopped_ms));
+        let value = format!(
+            "{attach:.1} ms to attach, {detach:.1} ms to detach, the longest of {} rounds",
+            row.stopped_ms.len()
+        );
+        (
+            value,
+            attach <= MOST_STOPPED_MS && detach <= MOST_STOPPED_MS,
+        )
+    });
+    bar(
+        format!("200 threads, half of them busy: stopped by the prefilter <= {MOST_STOPPED_MS} ms"),
+        result.ok_or_else(|| "section `attach` was not measured".to_owned()),
+    )
+}
+
 /// Frames of the stack that the bar about walks is for.
 const WALKED_FRAMES: usize = 30;
 
@@ -336,6 +359,7 @@ mod tests {
                 NotMeasured,
                 Reached,
                 Reached,
+                Reached,
                 Reached
             ]
         );
@@ -356,6 +380,7 @@ mod tests {
         if let Some(ratio) = &mut report.unwind[2].bpf.ratio {
             ratio.median = 2.1;
         }
+        report.stops[0].unstopped_ms[2] = 21.0;
         report.tables[0].seconds[1] = 1.1;
         if let Some(many) = &mut report.many {
             many.all.unwind_table_bytes = 4_000_000;
@@ -367,7 +392,7 @@ mod tests {
             ratio.median = 1.04;
         }
         let verdicts = verdicts(&report);
-        for index in [0, 2, 3, 7, 8, 9, 13, 14, 15] {
+        for index in [0, 2, 3, 7, 8, 9, 13, 14, 15, 16] {
             assert_eq!(verdicts[index], Verdict::Missed, "bar {index}");
         }
     }

@@ -25,11 +25,12 @@ const JEMALLOC: &str = "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2";
 const FRAME_POINTERS: [&str; 2] = ["-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"];
 
 /// Our C programs, with what they are compiled with.
-const TARGETS: [(&str, &str, &[&str]); 5] = [
+const TARGETS: [(&str, &str, &[&str]); 6] = [
     ("pair", include_str!("targets/pair.c"), &["-pthread"]),
     ("churn", include_str!("targets/churn.c"), &["-pthread"]),
     ("stacks", include_str!("targets/stacks.c"), &FRAME_POINTERS),
     ("deep", include_str!("targets/deep.c"), &FRAME_POINTERS),
+    ("threads", include_str!("targets/threads.c"), &["-pthread"]),
     ("gate", include_str!("targets/gate.c"), &[]),
 ];
 

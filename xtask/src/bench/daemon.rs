@@ -58,9 +58,32 @@ impl Daemon {
     ///
     /// It does not listen.
     pub(super) fn start_with(context: &Context, options: &[&str], pids: &[u32]) -> Result<Self> {
+        Self::spawn(Command::new(&context.memprof), context, options, pids)
+    }
+
+    /// As [`Self::start_with`]; it tells on stderr what it does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::start_with`].
+    pub(super) fn start_that_tells(
+        context: &Context,
+        options: &[&str],
+        pids: &[u32],
+    ) -> Result<Self> {
+        let mut command = Command::new(&context.memprof);
+        command.env("MEMPROF_LOG", "debug");
+        Self::spawn(command, context, options, pids)
+    }
+
+    fn spawn(
+        mut command: Command,
+        context: &Context,
+        options: &[&str],
+        pids: &[u32],
+    ) -> Result<Self> {
         let socket = context.file("memprof.sock");
         let _ = fs::remove_file(&socket);
-        let mut command = Command::new(&context.memprof);
         command.arg("daemon").args(options).arg("-p");
         command.args(pids.iter().map(u32::to_string));
         let process = Process::spawn(command.arg("--socket").arg(&socket))?;
@@ -185,10 +208,19 @@ impl Daemon {
     ///
     /// It fails.
     pub(super) fn stop(self) -> Result<Duration> {
+        self.stop_and_tell().map(|(time, _)| time)
+    }
+
+    /// As [`Self::stop`], and what it has told.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::stop`].
+    pub(super) fn stop_and_tell(self) -> Result<(Duration, String)> {
         let asked = Instant::now();
         self.process.signal(Signal::SIGTERM);
         let finished = self.process.finish(LIMIT)?.success("memprof daemon")?;
-        Ok(finished.ended - asked)
+        Ok((finished.ended - asked, finished.stderr))
     }
 
     fn proc(&self, name: &str) -> Result<String> {

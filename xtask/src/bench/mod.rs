@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: memprof beside its peers, in one run on one machine.
 
+mod attach;
 mod bars;
 mod check;
 mod context;
@@ -65,6 +66,7 @@ pub(crate) fn bench(workspace: &Path, words: &[String]) -> Result<()> {
         programs: Vec::new(),
         trace: None,
         dump: None,
+        stops: Vec::new(),
         unwind: Vec::new(),
         tables: Vec::new(),
         many: None,
@@ -108,6 +110,7 @@ fn measure(section: Section, context: &Context, report: &mut Report) -> Result<(
         }
         Section::Trace => report.trace = Some(trace::measure(context)?),
         Section::Dump => report.dump = Some(dump::measure(context)?),
+        Section::Attach => report.stops = attach::measure(context)?,
         Section::Unwind => {
             report.unwind = unwind::measure(context, context.pick(seconds(60), seconds(15)))?;
         }

@@ -9,7 +9,7 @@ usage: cargo xtask bench [OPTION...]
 
   --quick           three minutes instead of thirteen, and rougher numbers
   --only NAME,...   these sections only: pair, programs, trace, dump,
-                    unwind, tables, many
+                    attach, unwind, tables, many
   --json FILE       the results [default: target/bench/benchmarks.json]
   --memprof PATH    this memprof, not the one built from here
   --floor PATH      this `floor`, not the one built from here
@@ -26,6 +26,8 @@ pub(super) enum Section {
     Trace,
     /// Attach, dump and detach with a million live blocks.
     Dump,
+    /// How long a process of many threads stands still.
+    Attach,
     /// A sample whose stack is walked by tables, and by the kernel.
     Unwind,
     /// Unwind tables of large files.
@@ -36,11 +38,12 @@ pub(super) enum Section {
 
 impl Section {
     /// In the order they are measured.
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Pair,
         Self::Programs,
         Self::Trace,
         Self::Dump,
+        Self::Attach,
         Self::Unwind,
         Self::Tables,
         Self::Many,
@@ -53,6 +56,7 @@ impl Section {
             Self::Programs => "programs",
             Self::Trace => "trace",
             Self::Dump => "dump",
+            Self::Attach => "attach",
             Self::Unwind => "unwind",
             Self::Tables => "tables",
             Self::Many => "many",

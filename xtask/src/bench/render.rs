@@ -1,12 +1,15 @@
 //! docs/benchmarks.md from the results.
 
+mod blocks;
+mod calls;
+pub(super) mod stops;
 pub(super) mod unwinding;
 
 use std::fmt::Write as _;
 
 use super::{
     bars::{MB, bars},
-    report::{Dump, Outcome, PairTable, ProgramTable, Report, Trace, Verdict},
+    report::{Outcome, Report, Verdict},
     stats::Estimate,
 };
 
@@ -53,16 +56,19 @@ pub(super) fn markdown(report: &Report) -> String {
         );
     }
     for table in &report.pair {
-        pair(&mut out, table);
+        calls::pair(&mut out, table);
     }
     for table in &report.programs {
-        program(&mut out, table);
+        calls::program(&mut out, table);
     }
     if let Some(results) = &report.trace {
-        trace(&mut out, results);
+        blocks::trace(&mut out, results);
     }
     if let Some(results) = &report.dump {
-        dump(&mut out, results);
+        blocks::dump(&mut out, results);
+    }
+    if !report.stops.is_empty() {
+        stops::stops(&mut out, &report.stops);
     }
     if !report.unwind.is_empty() {
         unwinding::walk(&mut out, &report.unwind);
@@ -126,172 +132,6 @@ fn note(outcome: &Outcome, ratios: &[Option<Estimate>]) -> String {
             "not stable".to_owned()
         }
         Outcome::Measured => String::new(),
-    }
-}
-
-fn pair(out: &mut String, table: &PairTable) {
-    let threads = if table.threads == 1 {
-        "thread"
-    } else {
-        "threads"
-    };
-    heading(
-        out,
-        &format!("{} ({} {threads})", capital(&table.name), table.threads),
-        &format!(
-            "| tool | ns a {} | over none | over its floor | measured | |\n|---|---|---|---|---|---|",
-            table.operation
-        ),
-    );
-    for row in &table.rows {
-        let ns = row.ns.map_or_else(String::new, |ns| {
-            let digits = usize::from(ns.median < 1000.0);
-            format!("{:.digits$}", ns.median)
-        });
-        let rounds = row.ns.map_or_else(String::new, |ns| ns.rounds.to_string());
-        push(
-            out,
-            format!(
-                "| {} | {ns} | {} | {} | {rounds} | {} |",
-                row.name,
-                ratio(row.over_none),
-                ratio(row.over_floor),
-                note(&row.outcome, &[row.over_none, row.over_floor])
-            ),
-        );
-    }
-}
-
-fn program(out: &mut String, table: &ProgramTable) {
-    heading(
-        out,
-        &capital(&table.name),
-        "| tool | seconds | work a second | time over none | rounds | |\n|---|---|---|---|---|---|",
-    );
-    for row in &table.rows {
-        let seconds = row
-            .seconds
-            .map_or_else(String::new, |seconds| format!("{:.3}", seconds.median));
-        let rounds = row
-            .seconds
-            .map_or_else(String::new, |seconds| seconds.rounds.to_string());
-        let work = row.throughput.as_ref();
-        let work = work.map_or_else(String::new, |(rate, unit)| format!("{rate:.0} {unit}"));
-        push(
-            out,
-            format!(
-                "| {} | {seconds} | {work} | {} | {rounds} | {} |",
-                row.name,
-                ratio(row.over_none),
-                note(&row.outcome, &[row.over_none])
-            ),
-        );
-    }
-    if let (Some(calls), Some(source)) = (table.calls_per_second, &table.calls_source) {
-        push(
-            out,
-            format!(
-                "\n{calls:.0} calls of the allocator a second without a tool, as counted by {source}."
-            ),
-        );
-    }
-}
-
-fn losses(dropped: &[(String, u64)]) -> String {
-    if dropped.is_empty() {
-        return "none".to_owned();
-    }
-    let words: Vec<String> = dropped
-        .iter()
-        .map(|(cause, count)| format!("{cause} {count}"))
-        .collect();
-    words.join(", ")
-}
-
-fn trace(out: &mut String, trace: &Trace) {
-    heading(
-        out,
-        &format!(
-            "Every allocation of {} busy threads (probe mode {})",
-            trace.threads, trace.probe_mode
-        ),
-        "| live blocks | calls/s | events booked | dropped | daemon s per million events | daemon cores | \
-         in-use objects: program, profile | in-use bytes: program, profile |\n|---|---|---|---|---|---|---|---|",
-    );
-    for run in &trace.runs {
-        push(
-            out,
-            format!(
-                "| {} | {:.0} | {} | {} | {:.2} | {:.2} | {}, {} | {}, {} |",
-                run.live,
-                run.calls as f64 / run.seconds,
-                run.events,
-                losses(&run.dropped),
-                run.daemon_cpu_s * 1e6 / run.events.max(1) as f64,
-                run.daemon_cpu_s / run.seconds,
-                run.inuse_objects.0,
-                run.inuse_objects.1,
-                run.inuse_bytes.0,
-                run.inuse_bytes.1
-            ),
-        );
-    }
-    push(
-        out,
-        format!(
-            "\nResident memory of the daemon: {:.0} MB with nothing live, then {:.0} bytes for each of {} live blocks \
-         of one stack.",
-            trace.idle_rss_bytes as f64 / MB,
-            trace.rss_bytes_per_block,
-            trace.live_blocks
-        ),
-    );
-}
-
-fn dump(out: &mut String, dump: &Dump) {
-    heading(
-        out,
-        &format!(
-            "Attach, dump, detach: {} live blocks of {} stacks",
-            dump.live, dump.stacks
-        ),
-        "| what | measured |\n|---|---|",
-    );
-    let ms = |ms: Option<f64>| ms.map_or_else(|| "not told".to_owned(), |ms| format!("{ms:.1} ms"));
-    let all = |seconds: &[f64]| {
-        let words: Vec<String> = seconds.iter().map(|one| format!("{one:.2}")).collect();
-        format!("{} s", words.join(", "))
-    };
-    let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / MB);
-    for (what, measured) in [
-        ("blocks in the profile", dump.profile_live.to_string()),
-        ("stacks the daemon knows", dump.known_stacks.to_string()),
-        ("dropped events on the way", losses(&dump.dropped)),
-        ("sites probed", dump.sites.to_string()),
-        (
-            "attach: start of the daemon until it listens",
-            ms(Some(dump.attach_clock_ms)),
-        ),
-        ("attach: what the daemon tells", ms(dump.attach_ms)),
-        (
-            "detach: SIGTERM until the daemon has ended, program going on",
-            ms(Some(dump.detach_clock_ms)),
-        ),
-        (
-            "detach: what the daemon tells, program ended",
-            ms(dump.detach_ms),
-        ),
-        ("JSON, one after the other", all(&dump.json_s)),
-        ("size of the JSON", mb(dump.json_bytes)),
-        ("pprof, one after the other", all(&dump.pprof_s)),
-        ("size of the pprof file", mb(dump.pprof_bytes)),
-        ("daemon resident: nothing live", mb(dump.idle_rss_bytes)),
-        ("daemon resident: all booked", mb(dump.loaded_rss_bytes)),
-        ("daemon resident: after the dumps", mb(dump.rss_bytes)),
-        ("daemon resident: peak", mb(dump.rss_peak_bytes)),
-        ("BPF maps, kernel memory", mb(dump.bpf_maps_bytes)),
-    ] {
-        push(out, format!("| {what} | {measured} |"));
     }
 }
 
@@ -418,6 +258,14 @@ pub(super) mod tests {
                 rss_bytes_per_block: 1.0,
             }),
             dump: None,
+            stops: vec![StopRow {
+                threads: 200,
+                busy: 100,
+                stopped_ms: vec![3.0, 5.0, 4.0],
+                attach_ms: vec![20.0, 30.0, 25.0],
+                unstopped_ms: vec![2.0, 2.5, 3.0],
+                detach_ms: vec![40.0, 50.0, 45.0],
+            }],
             unwind: [(None, 70.0), (Some(10), 1000.0), (Some(30), 3000.0)]
                 .map(|(frames, ns)| UnwindRow {
                     frames,
@@ -479,6 +327,14 @@ pub(super) mod tests {
         ] {
             assert!(page.contains(line), "{line}\n{page}");
         }
+    }
+
+    /// Check that for stops the median and the worst are shown.
+    #[test]
+    fn stops() {
+        let page = markdown(&example());
+        let row = "| 200, 100 of them busy | 4.0, 5.0 | 25, 30 | 2.5, 3.0 | 45, 50 | 3 |";
+        assert!(page.contains(row), "{page}");
     }
 
     /// Check that results read back from JSON give the same page.

@@ -27,6 +27,9 @@ pub(super) struct Report {
     pub(super) trace: Option<Trace>,
     /// A million live blocks.
     pub(super) dump: Option<Dump>,
+    /// How long processes stand still.
+    #[serde(default)]
+    pub(super) stops: Vec<StopRow>,
     /// A sample's stack, walked.
     #[serde(default)]
     pub(super) unwind: Vec<UnwindRow>,
@@ -175,6 +178,23 @@ pub(super) struct TraceRun {
     pub(super) inuse_objects: (u64, u64),
     /// Bytes in use: the program's count, the profile's.
     pub(super) inuse_bytes: (u64, u64),
+}
+
+/// Attaching to a process of many threads and detaching, each of these a value a round.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct StopRow {
+    /// Its threads.
+    pub(super) threads: usize,
+    /// Those that allocate all the time.
+    pub(super) busy: usize,
+    /// The longest stop of an attach.
+    pub(super) stopped_ms: Vec<f64>,
+    /// From the daemon's start until it listened.
+    pub(super) attach_ms: Vec<f64>,
+    /// The longest stop of a detach.
+    pub(super) unstopped_ms: Vec<f64>,
+    /// From SIGTERM to the daemon's end.
+    pub(super) detach_ms: Vec<f64>,
 }
 
 /// A million live blocks of many stacks.
