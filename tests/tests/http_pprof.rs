@@ -118,7 +118,7 @@ fn labels() {
         pids.iter().all(|pid| said.contains(&pid.to_string())),
         "{said}"
     );
-    let said = tags(&dir, &format!("{url}?pid={}", pids[0]));
+    let said = tags(&dir, format!("{url}?pid={}", pids[0]));
     assert!(!said.contains("pid: "), "{said}");
     daemon.stop();
 }
