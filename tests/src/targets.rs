@@ -83,6 +83,17 @@ pub fn target_with(file: &str, flags: &[&str]) -> Target {
     build(file, flags)
 }
 
+/// Copies a program that is to be run. Not by this process: what another test starts at that
+/// moment would hold the copy open for writing, and such a file cannot be run (`ETXTBSY`).
+pub fn copy_program(from: &Path, to: &Path) {
+    let status = Command::new("cp").arg(from).arg(to).status();
+    assert!(
+        status.expect("cp").success(),
+        "cannot copy {}",
+        from.display()
+    );
+}
+
 /// Builds `targets/<file>` as a shared library.
 #[must_use]
 pub fn shared_library(file: &str) -> Target {

@@ -2,7 +2,9 @@
 
 use std::{os::unix::net::UnixListener, os::unix::process::CommandExt as _, process::Command};
 
-use memprof_tests::{Daemon, Finished, Running, TempDir, memprof, memprof::binary, target};
+use memprof_tests::{
+    Daemon, Finished, Running, TempDir, memprof, memprof::binary, target, targets::copy_program,
+};
 use serde_json::Value;
 
 fn run(args: &[&str]) -> Finished {
@@ -29,6 +31,14 @@ fn lists_processes() {
             (hold.stdout().matches("done\n").count() == 2).then_some(())
         });
     }
+    // What is on its way is not in the list, and a rate takes a moment to be one.
+    memprof_tests::daemon::eventually(|| {
+        let processes = daemon.get("/v1/processes").json();
+        let mut all = processes.as_array()?.iter();
+        let is_told =
+            |process: &Value| process["samples"] == 10 && process["alloc_bytes_per_s"].is_number();
+        all.all(is_told).then_some(())
+    });
     let url = daemon.tcp().url();
     for from in [["--socket", &daemon.socket], ["--connect", &url]] {
         let shown = run(&[&["ps"][..], &from].concat());
@@ -92,7 +102,7 @@ fn no_daemon() {
     let daemon = Daemon::start(&dir, &[hold.pid()], &[]);
     // Root may open everything: somebody else asks.
     let copy = dir.file("memprof");
-    std::fs::copy(binary(), &copy).expect("a copy that everybody can run");
+    copy_program(binary(), copy.as_ref());
     let mut command = Command::new(&copy);
     command
         .args(["ps", "--socket", &socket])

@@ -21,6 +21,7 @@ use memprof_tests::{
     http,
     memprof::{binary, memprof},
     target,
+    targets::copy_program,
 };
 use nix::sys::signal::Signal;
 
@@ -326,7 +327,7 @@ fn capabilities_are_given_up() {
     let mut programs = Vec::new();
     for source in ["exec.c", "hold.c"] {
         let path = place.join(source);
-        fs::copy(target(source).path(), &path).expect("a program");
+        copy_program(target(source).path(), &path);
         for path in [&path, &place] {
             fs::set_permissions(path, Permissions::from_mode(0o700)).expect("its permissions");
             nix::unistd::chown(path, Some(65534.into()), Some(65534.into())).expect("its owner");
@@ -427,9 +428,9 @@ fn confined_process() {
         command.arg(format!("--bounding-set={unit}{rights}"));
         command.arg(binary()).args(["daemon", "-i", "1"]);
         command.args(["--socket", &dir.file("memprof.sock")]);
-        if !is_prefilter() {
-            command.args(["--probe", "uprobe"]);
-        }
+        // Not the prefilter or an error: what cannot have it gets uprobes.
+        let probe = if is_prefilter() { "auto" } else { "uprobe" };
+        command.args(["--probe", probe]);
         let daemon = listening(
             {
                 command.args(["-p", &confined.pid().to_string()]);
