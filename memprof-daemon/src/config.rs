@@ -3,30 +3,23 @@
 use memprof_common::limits::MAX_SAMPLE_INTERVAL_BYTES;
 use serde::{Deserialize, Serialize};
 
-use crate::filter::Filters;
-
 /// The settings that can be changed while processes are traced.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Mean sampling gap; 1 takes every allocation, 0 none.
     pub sample_interval_bytes: u64,
-    /// Which processes are traced, where all could be.
-    #[serde(default)]
-    pub filters: Filters,
-    /// Nothing is sampled until this is taken back, whatever the interval.
+    /// Nothing is sampled until this is taken back, whatever the interval. Calls are
+    /// counted all the same.
     #[serde(default)]
     pub paused: bool,
 }
 
 /// A change of some of them; what is none stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ConfigChange {
     /// See [`Config::sample_interval_bytes`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_interval_bytes: Option<u64>,
-    /// See [`Config::filters`]; replaces all rules.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub filters: Option<Filters>,
     /// See [`Config::paused`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,
@@ -42,29 +35,35 @@ struct ConfigBody {
     #[serde(default)]
     sample_interval_bytes: Option<u64>,
     #[serde(default)]
-    filters: Option<Filters>,
-    #[serde(default)]
     paused: Option<bool>,
 }
 
 impl Config {
+    /// The interval that is in force.
+    #[must_use]
+    pub const fn interval_in_force(self) -> u64 {
+        if self.paused {
+            0
+        } else {
+            self.sample_interval_bytes
+        }
+    }
+
     /// The settings after a change.
     #[must_use]
-    pub fn changed(&self, change: ConfigChange) -> Self {
+    pub fn changed(self, change: ConfigChange) -> Self {
         Self {
             sample_interval_bytes: change
                 .sample_interval_bytes
                 .unwrap_or(self.sample_interval_bytes),
-            filters: change.filters.unwrap_or_else(|| self.filters.clone()),
             paused: change.paused.unwrap_or(self.paused),
         }
     }
 }
 
 impl ConfigChange {
-    /// Reads `{"sample_interval_bytes": 65536}` or `{"sample_interval": "64KiB"}`, and
-    /// `{"filters": {"include": ["comm=redis*"], "exclude": []}, "paused": true}`, each field
-    /// alone or with others.
+    /// Reads `{"sample_interval_bytes": 65536}` or `{"sample_interval": "64KiB"}`,
+    /// `{"paused": true}`, or both.
     ///
     /// # Errors
     ///
@@ -83,12 +82,11 @@ impl ConfigChange {
         };
         let change = Self {
             sample_interval_bytes,
-            filters: body.filters,
             paused: body.paused,
         };
         if change == Self::default() {
             return Err("nothing is to be changed: sample_interval, \
-                        sample_interval_bytes, filters or paused is needed"
+                        sample_interval_bytes or paused is needed"
                 .to_owned());
         }
         Ok(change)
@@ -155,7 +153,7 @@ mod tests {
         ] {
             let change = ConfigChange::parse(body.as_bytes()).unwrap();
             assert_eq!(change.sample_interval_bytes, Some(bytes), "{body}");
-            assert_eq!((change.filters, change.paused), (None, None));
+            assert_eq!(change.paused, None);
         }
         for body in [
             "",
@@ -173,40 +171,40 @@ mod tests {
             r#"{"sample_interval": "1", "stack_depth": 3}"#,
             r#"{"paused": null}"#,
             r#"{"paused": "yes"}"#,
-            r#"{"filters": []}"#,
-            r#"{"filters": {"include": ["comm"]}}"#,
-            r#"{"filters": {"include": [], "only": []}}"#,
         ] {
             assert!(ConfigChange::parse(body.as_bytes()).is_err(), "{body}");
         }
     }
 
-    /// Check that a change changes what it names and nothing else, rules as a whole, and that
-    /// settings as they are shown can be sent back.
+    /// Check that a change changes what it names and nothing else, that nothing is sampled
+    /// while paused, and that settings as they are shown can be sent back.
     #[test]
     fn changes() {
         let change = |body: &str| ConfigChange::parse(body.as_bytes()).unwrap();
         let mut config = Config {
             sample_interval_bytes: 4096,
-            filters: Filters::default(),
             paused: false,
         };
-        for (body, shown) in [
+        for (body, shown, in_force) in [
             (
                 r#"{"paused": true}"#,
-                r#"{"sample_interval_bytes":4096,"filters":{"include":[],"exclude":[]},"paused":true}"#,
+                r#"{"sample_interval_bytes":4096,"paused":true}"#,
+                0,
             ),
             (
-                r#"{"filters": {"include": ["comm=a"]}, "sample_interval": "1"}"#,
-                r#"{"sample_interval_bytes":1,"filters":{"include":["comm=a"],"exclude":[]},"paused":true}"#,
+                r#"{"sample_interval": "1"}"#,
+                r#"{"sample_interval_bytes":1,"paused":true}"#,
+                0,
             ),
             (
-                r#"{"filters": {"exclude": ["uid=3"]}, "paused": false}"#,
-                r#"{"sample_interval_bytes":1,"filters":{"include":[],"exclude":["uid=3"]},"paused":false}"#,
+                r#"{"paused": false}"#,
+                r#"{"sample_interval_bytes":1,"paused":false}"#,
+                1,
             ),
         ] {
             config = config.changed(change(body));
             assert_eq!(serde_json::to_string(&config).unwrap(), shown, "{body}");
+            assert_eq!(config.interval_in_force(), in_force, "{body}");
             assert_eq!(config.changed(change(shown)), config);
             assert_eq!(serde_json::from_str::<Config>(shown).unwrap(), config);
         }

@@ -24,11 +24,11 @@
 )]
 
 pub mod address;
+mod causes;
 pub mod cli;
 pub mod config;
 pub mod decode;
 pub mod export;
-pub mod filter;
 pub mod interval;
 pub mod ledger;
 pub mod pipeline;

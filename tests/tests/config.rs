@@ -72,7 +72,8 @@ fn old_blocks_keep_their_weight() {
     daemon.stop();
 }
 
-/// Check that sampling can be switched off and on again, by command.
+/// Check that sampling can be switched off and on again, by command: by the interval, and by a
+/// pause; a program that is attached to in a pause is not sampled either.
 #[test]
 fn by_command() {
     let dir = TempDir::new("config");
@@ -101,7 +102,42 @@ fn by_command() {
         assert_eq!(profile.process().totals().alloc_objects, objects);
         assert_eq!(profile.process().exact().alloc_calls, 10 * done as u64);
     }
-    config(&["-i", "5GiB"]).expect_code(2);
+    // One that is attached to in a pause.
+    let mut late = Running::spawn(&mut target("hold.c").command(&["10", "100"]));
+    late.wait_stdout(|line| line == "ready");
+    // At another interval meanwhile, which counts when sampling goes on.
+    for (args, objects) in [
+        (&["--pause"][..], 20),
+        (&["-i", "1"], 20),
+        (&["--resume"], 30),
+    ] {
+        let shown = config(args);
+        shown.expect_code(0);
+        let is_paused = objects == 20;
+        assert_eq!(shown.stdout.contains("nothing is sampled"), is_paused);
+        assert_eq!(daemon.get("/v1/config").json()["paused"], is_paused);
+        if done == 4 {
+            let body = format!(r#"{{"pid": {}}}"#, late.pid());
+            let socket = Path::new(&daemon.socket);
+            let answer = http::request_with(socket, "POST", "/v1/targets", &body);
+            assert_eq!(answer.status, 201);
+        }
+        done += 1;
+        for (target, before) in [(&mut hold, 20), (&mut late, 0)] {
+            let count = target.stdout().matches("done\n").count() + 1;
+            target.send("go");
+            eventually(|| (target.stdout().matches("done\n").count() == count).then_some(()));
+            let profile = daemon.profile(target.pid());
+            let sampled = before + objects - 20;
+            assert_eq!(profile.process().totals().alloc_objects, sampled);
+            assert_eq!(profile.process().exact().alloc_calls, 10 * count as u64);
+        }
+    }
+    late.close_stdin();
+    late.finish().expect_code(0);
+    for wrong in [&["-i", "5GiB"][..], &["--pause", "--resume"]] {
+        config(wrong).expect_code(2);
+    }
     daemon.stop();
 }
 
@@ -119,6 +155,7 @@ fn bad_bodies() {
         r#"{"sample_interval": "often"}"#,
         r#"{"sample_interval_bytes": 4294967296}"#,
         r#"{"sample_interval": "1", "stack_depth": 3}"#,
+        r#"{"paused": "yes"}"#,
     ] {
         let answer = put(&daemon, body);
         assert_eq!(answer.status, 400, "{body}");

@@ -23,18 +23,25 @@ pub(super) struct ConfigArgs {
     /// New mean bytes between samples; 1 takes every allocation, 0 none
     #[arg(short = 'i', long, value_name = "BYTES", value_parser = parse_interval)]
     sample_interval: Option<u64>,
+
+    /// Sample nothing until --resume, whatever the interval; calls are counted all the same
+    #[arg(long, conflicts_with = "resume")]
+    pause: bool,
+
+    /// Sample again
+    #[arg(long)]
+    resume: bool,
 }
 
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
-    let (method, body) = match args.sample_interval {
-        Some(_) => {
-            let change = ConfigChange {
-                sample_interval_bytes: args.sample_interval,
-                ..ConfigChange::default()
-            };
-            (Method::PUT, serde_json::to_string(&change)?)
-        }
-        None => (Method::GET, String::new()),
+    let change = ConfigChange {
+        sample_interval_bytes: args.sample_interval,
+        paused: (args.pause || args.resume).then_some(args.pause),
+    };
+    let (method, body) = if change == ConfigChange::default() {
+        (Method::GET, String::new())
+    } else {
+        (Method::PUT, serde_json::to_string(&change)?)
     };
     let client = args.client.client()?;
     let answer = client.request(method, "/v1/config", body);
@@ -54,8 +61,12 @@ pub(super) fn in_words(config: &Config) -> Vec<String> {
         1 => "every allocation".to_owned(),
         bytes => units::bytes(bytes),
     };
-    vec![format!(
+    let mut lines = vec![format!(
         "sample interval  {} bytes ({meaning})",
         config.sample_interval_bytes
-    )]
+    )];
+    if config.paused {
+        lines.push("paused           nothing is sampled".to_owned());
+    }
+    lines
 }

@@ -12,6 +12,8 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use crate::causes::with_causes;
+
 /// Shows warnings, and more by `MEMPROF_LOG=info`. A bare level is ours alone: libraries have
 /// much to say that helps nobody.
 pub(super) fn init() {
@@ -41,7 +43,7 @@ pub(super) fn init() {
 
 /// Says why memprof ends.
 pub(super) fn say_fatal(error: &anyhow::Error) {
-    let text = format!("memprof: {error:#}");
+    let text = format!("memprof: {}", with_causes(error.as_ref()));
     if is_journal() {
         let mut lines = String::new();
         // Writing to a string does not fail.

@@ -61,7 +61,7 @@ enum Command {
     Dump(dump::DumpArgs),
     /// List what a running daemon traces
     Ps(ps::PsArgs),
-    /// Show or change the sampling interval of a running daemon
+    /// Show or change the settings of a running daemon
     Config(config::ConfigArgs),
     Check(check::CheckArgs),
     Cleanup(cleanup::CleanupArgs),

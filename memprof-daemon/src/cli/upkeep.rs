@@ -12,8 +12,8 @@ use tracing::{error, warn};
 use super::{Command, config, file::Source, notify::Manager};
 use crate::{pipeline::tracer::TracerHandle, process::info::is_ignored};
 
-/// Options that SIGHUP puts in force; the others are of the start.
-const CHANGEABLE: [&str; 4] = ["sample-interval", "include", "exclude", "paused"];
+/// The option that SIGHUP puts in force; the others are of the start.
+const CHANGEABLE: &str = "sample-interval";
 
 /// How often a manager without a watchdog is told what goes on.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
@@ -104,16 +104,13 @@ async fn next(ticks: &mut Option<Interval>) {
     }
 }
 
-/// What the daemon does, in a line; none if it has ended.
+/// What the daemon does, in a line; none if it has ended. It is asked for something that costs
+/// it nothing, and has to answer.
 async fn status(tracer: &TracerHandle) -> Option<String> {
-    let processes = tracer.processes().await?;
-    let traced = processes
-        .iter()
-        .filter(|process| process.state != "ended")
-        .count();
+    tracer.config().await?;
     Some(format!(
         "Tracing {}",
-        match traced {
+        match tracer.live() {
             0 => "no process".to_owned(),
             1 => "1 process".to_owned(),
             traced => format!("{traced} processes"),
@@ -139,7 +136,7 @@ async fn reload(manager: &Manager, source: &Source, tracer: &TracerHandle) {
                 }
             }
             for name in changed {
-                if !CHANGEABLE.contains(&name.as_str()) {
+                if name != CHANGEABLE {
                     warn!("{name} has changed in {path}, which takes a restart of memprof");
                 }
             }

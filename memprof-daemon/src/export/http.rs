@@ -17,10 +17,9 @@
 //! | `GET /debug/pprof/...` | as Go programs have it |
 //! | `GET /healthz` | `ok` |
 //!
-//! The settings are `{"sample_interval_bytes": 65536, "filters": {"include":
-//! ["comm=redis*"], "exclude": []}, "paused": false}`. A `PUT` changes those that it
-//! names, and may say `"sample_interval": "64KiB"`. A change is for all processes,
-//! from their next call on. What was sampled before keeps its weight.
+//! The settings are `{"sample_interval_bytes": 65536, "paused": false}`. A `PUT` changes
+//! those that it names, and may say `"sample_interval": "64KiB"`. A change is for all
+//! processes, from their next call on. What was sampled before keeps its weight.
 //!
 //! An error is `{"error": "..."}` with a status: 400 for a parameter or a body that
 //! makes no sense, 404 for a process or a path that is not there, 405 for another

@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use nix::sys::resource::{UsageWho, getrusage};
 
-use super::stats::{ProcessStats, Stats};
+use super::stats::{ProcessFacts, ProcessStats, Stats};
 use crate::{
     export::metrics::{DaemonMetrics, Metrics, TargetMetrics},
     process::info::{ProcessInfo, read_memory, read_status, status_field},
@@ -21,25 +21,33 @@ pub(super) fn metrics(stats: Stats) -> Metrics {
         losses: stats.sums.losses,
         attached: stats.attaching.attached,
         failed_to_attach: stats.attaching.failed_to_attach,
-        attach_time: milliseconds(stats.attaching.attached_ms),
+        attach_time: duration(stats.attaching.attached_ms),
         known_stacks: stats.known_stacks as u64,
         unwind_table_bytes: stats.unwind_table_bytes,
         sweeps: stats.sweeps,
         failed_sweeps: stats.failed_sweeps,
         undecodable_events: stats.undecodable_events,
-        longest_round: milliseconds(stats.longest_round_ms),
+        longest_round: duration(stats.longest_round_ms),
         targets: stats.processes.into_iter().map(target).collect(),
         daemon: daemon(),
     }
 }
 
 fn target(process: ProcessStats) -> TargetMetrics {
-    let ProcessStats { books, cost, .. } = process;
+    let ProcessFacts {
+        pid,
+        comm,
+        state,
+        engine,
+        cost,
+        books,
+        ..
+    } = process.facts;
     TargetMetrics {
-        pid: process.pid,
-        comm: process.comm,
-        engine: process.engine,
-        state: process.state,
+        pid,
+        comm,
+        engine,
+        state,
         traced: Duration::try_from_secs_f64(books.traced_s).unwrap_or_default(),
         samples: books.samples,
         alloc_bytes: books.alloc_bytes,
@@ -47,13 +55,13 @@ fn target(process: ProcessStats) -> TargetMetrics {
         inuse_bytes: books.inuse_bytes,
         inuse_objects: books.inuse_objects,
         losses: books.losses.values().sum(),
-        attach_time: milliseconds(cost.attach_ms),
-        longest_stop: milliseconds(cost.longest_stopped_ms),
+        attach_time: duration(cost.attach_ms),
+        longest_stop: duration(cost.longest_stopped_ms),
     }
 }
 
-fn milliseconds(time: f64) -> Duration {
-    Duration::try_from_secs_f64(time / 1e3).unwrap_or_default()
+fn duration(milliseconds: f64) -> Duration {
+    Duration::try_from_secs_f64(milliseconds / 1e3).unwrap_or_default()
 }
 
 /// What this process takes; 0 for what the kernel does not tell.

@@ -5,10 +5,12 @@ use std::time::Duration;
 use super::{
     capture::Capture,
     metrics::metrics,
+    stats::milliseconds,
     target::TargetError,
-    tracer::{ConfigError, LeaveError, TracerHandle},
+    tracer::{LeaveError, TracerHandle},
 };
 use crate::{
+    causes::with_causes,
     config::{Config, ConfigChange},
     export::{
         http::{Backend, BackendError},
@@ -88,26 +90,6 @@ fn unfit(error: TargetError) -> BackendError {
     }
 }
 
-/// An error with what led to it, in one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        // Some say what led to them themselves.
-        let cause = error.to_string();
-        if !message.ends_with(&cause) {
-            message += ": ";
-            message += &cause;
-        }
-        source = error.source();
-    }
-    message
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
-}
-
 impl Backend for Service {
     async fn profile(
         &self,
@@ -147,10 +129,7 @@ impl Backend for Service {
         let answer = self.tracer.set_config(change).await;
         answer
             .ok_or(BackendError::Ended)?
-            .map_err(|error| match error {
-                ConfigError::Refused(_) => BackendError::Conflict(error.to_string()),
-                ConfigError::Map(_) => BackendError::Failed(error.to_string()),
-            })
+            .map_err(|error| BackendError::Failed(format!("cannot tell the BPF programs: {error}")))
     }
 
     async fn processes(&self) -> Result<serde_json::Value, BackendError> {

@@ -142,22 +142,15 @@ impl Books {
     }
 }
 
-/// One target in `GET /v1/processes`.
+/// What is told of a target wherever it is.
 #[derive(Clone, Debug, Serialize)]
-pub struct ProcessSummary {
+pub struct ProcessFacts {
     /// Process id.
     pub pid: u32,
     /// Name of its main thread.
     pub comm: String,
-    /// Path of its program.
-    pub exe: String,
-    /// Its user, pid namespaces and cgroup; as yet unknown while it is scanned.
-    #[serde(flatten)]
-    pub origin: Option<Origin>,
     /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
     pub state: &'static str,
-    /// Files with probed functions.
-    pub modules: Vec<String>,
     /// `prefilter` or `uprobe`.
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
@@ -170,29 +163,36 @@ pub struct ProcessSummary {
     pub books: Books,
 }
 
-/// One target.
+/// One target in `GET /v1/processes`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProcessSummary {
+    /// See there.
+    #[serde(flatten)]
+    pub facts: ProcessFacts,
+    /// Path of its program.
+    pub exe: String,
+    /// Its user, pid namespaces and cgroup; as yet unknown while it is scanned.
+    #[serde(flatten)]
+    pub origin: Option<Origin>,
+    /// Files with probed functions.
+    pub modules: Vec<String>,
+}
+
+/// One target in `GET /v1/stats`.
 #[derive(Clone, Debug, Serialize)]
 pub struct ProcessStats {
-    /// Process id.
-    pub pid: u32,
-    /// Name of its main thread.
-    pub comm: String,
-    /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
-    pub state: &'static str,
+    /// See there.
+    #[serde(flatten)]
+    pub facts: ProcessFacts,
     /// Sites probed.
     pub sites: usize,
-    /// `prefilter` or `uprobe`.
-    pub engine: &'static str,
-    /// Why it is `uprobe` although the prefilter was wanted.
-    pub engine_reason: Option<String>,
-    /// What it has cost.
-    #[serde(flatten)]
-    pub cost: Cost,
-    /// What its books say.
-    #[serde(flatten)]
-    pub books: Books,
     /// One entry a program image.
     pub images: Vec<ImageStats>,
+}
+
+/// A time as it is told.
+pub(super) fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 /// What tracing has cost a target, apart from its calls.

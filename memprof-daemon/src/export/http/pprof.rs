@@ -17,6 +17,7 @@ use super::{
     Api, ApiError, Backend,
     limits::{ANSWER_TIME, Discarded, within},
     parse_pid, parse_seconds,
+    targets::of_pid,
 };
 use crate::export::{
     ValueType,
@@ -111,7 +112,7 @@ pub(super) async fn cmdline<B: Backend>(
     let query = asked(query)?;
     let path = match parse_pid(&query.pid)? {
         Some(pid) => {
-            require_traced(&api, pid).await?;
+            of_pid(&api, pid).await?;
             format!("/proc/{pid}/cmdline")
         }
         None => "/proc/self/cmdline".to_owned(),
@@ -127,20 +128,6 @@ pub(super) async fn cmdline<B: Backend>(
 /// without its process means nothing.
 pub(super) async fn symbol(_: Discarded) -> Response {
     with_type("text/plain; charset=utf-8", "num_symbols: 0\n")
-}
-
-async fn require_traced<B: Backend>(api: &Api<B>, pid: u32) -> Result<(), ApiError> {
-    let processes = within(ANSWER_TIME, api.backend.processes()).await?;
-    let mut pids = processes
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|process| process.get("pid")?.as_u64());
-    if pids.any(|traced| traced == u64::from(pid)) {
-        Ok(())
-    } else {
-        Err(super::BackendError::NoSuchProcess(pid).into())
-    }
 }
 
 /// The page with the profiles that there are.

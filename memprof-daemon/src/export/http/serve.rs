@@ -1,6 +1,6 @@
 //! Connections: accepted, counted, and given up when nothing comes of them.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{future::Future, io, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::Request};
 use hyper::{body::Incoming, server::conn::http1};
@@ -11,7 +11,7 @@ use hyper_util::{
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::Semaphore,
 };
 use tower::ServiceExt as _;
@@ -26,49 +26,73 @@ const REST: Duration = Duration::from_secs(1);
 
 /// Serves whoever may open the socket, for ever.
 pub async fn serve_unix(listener: UnixListener, router: Router) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        // The socket belongs to us, not to the runtime, so it stays open.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let router = router.clone();
-                tokio::spawn(async move {
-                    connection(stream, router, None).await;
-                    drop(place);
-                });
-            }
-            Err(error) => rest(error).await,
-        }
-    }
+    serve(listener, router).await;
 }
 
 /// Serves whoever passes `access`, for ever.
 pub async fn serve_tcp(listener: TcpListener, router: Router, access: Access) {
     let router = router.layer(axum::middleware::from_fn_with_state(access, check));
+    serve(listener, router).await;
+}
+
+/// Where connections come from.
+trait Listener {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection; none if it is gone already.
+    fn next(&self) -> impl Future<Output = io::Result<Option<Self::Stream>>> + Send;
+
+    /// The address of ours that it came to.
+    fn local_address(stream: &Self::Stream) -> Option<LocalAddress>;
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<Option<UnixStream>> {
+        let (stream, _) = self.accept().await?;
+        Ok(Some(stream))
+    }
+
+    fn local_address(_: &UnixStream) -> Option<LocalAddress> {
+        None
+    }
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<Option<TcpStream>> {
+        let (stream, _) = self.accept().await?;
+        // Who takes nothing of an answer does not keep a place for ever.
+        let limit = u32::try_from(2 * PIECE_TIME.as_millis()).unwrap_or(u32::MAX);
+        let limited = setsockopt(&stream, TcpUserTimeout, &limit);
+        Ok((limited.is_ok() && stream.local_addr().is_ok()).then_some(stream))
+    }
+
+    fn local_address(stream: &TcpStream) -> Option<LocalAddress> {
+        let address = stream.local_addr().ok()?;
+        Some(LocalAddress(address.ip()))
+    }
+}
+
+async fn serve<L: Listener>(listener: L, router: Router) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
+        // The semaphore belongs to us, and nobody closes it.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
         };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                // Who takes nothing of an answer does not keep a place for ever.
-                let limit = u32::try_from(2 * PIECE_TIME.as_millis()).unwrap_or(u32::MAX);
-                let limited = setsockopt(&stream, TcpUserTimeout, &limit);
-                let local = stream.local_addr();
-                let (Ok(()), Ok(local)) = (limited, local) else {
-                    // It is gone already.
-                    continue;
-                };
+        match listener.next().await {
+            Ok(Some(stream)) => {
                 let router = router.clone();
                 tokio::spawn(async move {
-                    connection(stream, router, Some(LocalAddress(local.ip()))).await;
+                    let local = L::local_address(&stream);
+                    connection(stream, router, local).await;
                     drop(place);
                 });
             }
+            Ok(None) => {}
             Err(error) => rest(error).await,
         }
     }

@@ -7,6 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{
     Api, ApiError, Backend, BackendError,
@@ -37,14 +38,16 @@ pub(super) async fn target<B: Backend>(
     State(api): State<Api<B>>,
     pid: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
-    let pid = named(pid)?;
+    Ok(Json(of_pid(&api, named(pid)?).await?).into_response())
+}
+
+/// What is told of a process, if it is traced.
+pub(super) async fn of_pid<B: Backend>(api: &Api<B>, pid: u32) -> Result<Value, ApiError> {
     let processes = within(ANSWER_TIME, api.backend.processes()).await?;
-    let targets = processes.as_array().into_iter().flatten();
-    let target = targets
-        .into_iter()
-        .find(|target| target.get("pid").and_then(|pid| pid.as_u64()) == Some(pid.into()))
-        .ok_or(BackendError::NoSuchProcess(pid))?;
-    Ok(Json(target).into_response())
+    let is_it = |target: &&Value| target.get("pid").and_then(Value::as_u64) == Some(pid.into());
+    let mut targets = processes.as_array().into_iter().flatten();
+    let target = targets.find(is_it).cloned();
+    Ok(target.ok_or(BackendError::NoSuchProcess(pid))?)
 }
 
 pub(super) async fn attach<B: Backend>(

@@ -13,6 +13,7 @@ use crate::{
     pipeline::{
         install::Holder,
         scan::Scan,
+        stats::milliseconds,
         target::{AttachReply, Attached, Image, State, Target, TargetError},
     },
     probe::{
@@ -209,7 +210,7 @@ impl Tracer {
         let config = TargetConfig {
             pid,
             stack_depth: self.options.stack_depth,
-            sample_interval_bytes: self.options.sample_interval_bytes,
+            sample_interval_bytes: self.config().interval_in_force(),
             stack_seed: self.stack_seed,
             sample_seed: target.sample_seed,
             malloc_nests: u32::from(target.malloc_files.len() > 1),
@@ -270,7 +271,7 @@ impl Tracer {
         if first {
             target.state = State::Tracing;
             self.work.attaching.attached += 1;
-            self.work.attaching.attached_ms += target.attach_time.as_secs_f64() * 1e3;
+            self.work.attaching.attached_ms += milliseconds(target.attach_time);
             let comm = target
                 .images
                 .last()

@@ -1,33 +1,17 @@
 //! Changing the settings of a running tracer.
 
 use aya::maps::MapError;
-use thiserror::Error;
 use tracing::{info, warn};
 
 use super::Tracer;
-use crate::{
-    config::{Config, ConfigChange},
-    filter::Filters,
-};
-
-/// Why settings were not changed.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// They make no sense for this tracer.
-    #[error("{0}")]
-    Refused(&'static str),
-    /// A BPF map could not be written.
-    #[error("cannot tell the BPF programs: {0}")]
-    Map(#[from] MapError),
-}
+use crate::config::{Config, ConfigChange};
 
 impl Tracer {
     /// The settings in force.
-    pub(super) fn config(&self) -> Config {
+    pub(super) const fn config(&self) -> Config {
         Config {
             sample_interval_bytes: self.options.sample_interval_bytes,
-            filters: Filters::default(),
-            paused: false,
+            paused: self.is_paused,
         }
     }
 
@@ -36,30 +20,22 @@ impl Tracer {
     ///
     /// BPF reads a target's interval once a call, decides by it and sends it along
     /// with the sample. So nothing that was sampled before changes its weight.
-    pub(super) fn set_config(&mut self, change: ConfigChange) -> Result<Config, ConfigError> {
+    pub(super) fn set_config(&mut self, change: ConfigChange) -> Result<Config, MapError> {
         let before = self.config();
         let config = before.changed(change);
-        if (&config.filters, config.paused) != (&before.filters, before.paused) {
-            return Err(ConfigError::Refused(
-                "filters and paused cannot be changed yet",
-            ));
-        }
-        if let Err(error) = self.write_interval(config.sample_interval_bytes) {
-            if let Err(error) = self.write_interval(before.sample_interval_bytes) {
-                warn!(%error, "cannot take the change of the interval back");
+        if let Err(error) = self.write_interval(config.interval_in_force()) {
+            if let Err(error) = self.write_interval(before.interval_in_force()) {
+                warn!(%error, "cannot take the change of the settings back");
             }
-            return Err(error.into());
+            return Err(error);
         }
         self.options.sample_interval_bytes = config.sample_interval_bytes;
-        self.set_prefilter_intervals(config.sample_interval_bytes);
+        self.is_paused = config.paused;
+        self.set_prefilter_intervals(config.interval_in_force());
         self.coarsest_interval_bytes = self
             .coarsest_interval_bytes
             .max(config.sample_interval_bytes);
-        info!(
-            from = before.sample_interval_bytes,
-            to = config.sample_interval_bytes,
-            "the sampling interval has changed"
-        );
+        info!(?before, now = ?config, "the settings have changed");
         Ok(config)
     }
 

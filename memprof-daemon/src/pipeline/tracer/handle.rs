@@ -5,11 +5,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use aya::maps::MapError;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
-    config::ConfigError,
     marks::Mark,
     prefilter::Hooked,
     targets::{LeaveError, LeaveReply, Left, TakenOut},
@@ -93,7 +93,7 @@ pub(in crate::pipeline) enum Command {
     },
     SetConfig {
         change: ConfigChange,
-        reply: oneshot::Sender<Result<Config, ConfigError>>,
+        reply: oneshot::Sender<Result<Config, MapError>>,
     },
     Processes {
         reply: oneshot::Sender<Vec<ProcessSummary>>,
@@ -223,7 +223,7 @@ impl TracerHandle {
 
     /// Changes settings, for all processes or for none; none if the tracer has
     /// ended.
-    pub async fn set_config(&self, change: ConfigChange) -> Option<Result<Config, ConfigError>> {
+    pub async fn set_config(&self, change: ConfigChange) -> Option<Result<Config, MapError>> {
         let (reply, answer) = oneshot::channel();
         self.commands
             .send(Command::SetConfig { change, reply })
@@ -247,6 +247,12 @@ impl TracerHandle {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Stop { reply }).await.ok()?;
         answer.await.ok()?
+    }
+
+    /// How many processes are traced.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        *self.live.borrow()
     }
 
     /// Waits until no traced process is left.

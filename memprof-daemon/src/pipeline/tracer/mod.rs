@@ -41,12 +41,11 @@ use tokio::{
 };
 use tracing::{error, warn};
 
+use self::{handle::Command, marks::Mark};
 pub use self::{
-    config::ConfigError,
     handle::TracerHandle,
     targets::{LeaveError, Left},
 };
-use self::{handle::Command, marks::Mark};
 use super::{
     prober::ProberHandle,
     scan::Scanner,
@@ -174,6 +173,8 @@ pub struct Tracer {
     undecodable_events: u64,
     missing_stacks: u64,
     work: Work,
+    /// Nothing is sampled, whatever the interval.
+    is_paused: bool,
     /// Allocations are counted since then, in profiles.
     reset: Option<Arc<Mark>>,
     /// Sums over the targets that have been forgotten.
@@ -258,6 +259,7 @@ impl Tracer {
             undecodable_events: 0,
             missing_stacks: 0,
             work: Work::default(),
+            is_paused: false,
             reset: None,
             forgotten: Sums::default(),
             told_losses: BTreeMap::new(),

@@ -13,6 +13,7 @@ use crate::{
     export::profile::{Engine, ProbeSite},
     pipeline::{
         install::{Installation, on_a_thread, take_out},
+        stats::milliseconds,
         target::{State, Target, TargetError},
     },
     prefilter::{
@@ -118,6 +119,7 @@ impl Tracer {
                 fresh.push(module.clone());
             }
         }
+        let interval_bytes = self.config().interval_in_force();
         if let Err(error) = self.tell_bpf(pid) {
             return self.give_up(pid, error);
         }
@@ -140,7 +142,7 @@ impl Tracer {
                 Choice::Prefilter(prefilter) => Some(prefilter.image.place()),
                 Choice::Open | Choice::Uprobe(_) => None,
             },
-            interval_bytes: self.options.sample_interval_bytes,
+            interval_bytes,
             seed: random_seed(),
             time_limit: self.options.attach_timeout,
             prober: self.prober.clone(),
@@ -201,7 +203,7 @@ impl Tracer {
     }
 
     fn keep(&mut self, pid: u32, batch: SiteBatch, attached: Attached, time: Duration) {
-        let interval_bytes = self.options.sample_interval_bytes;
+        let interval_bytes = self.config().interval_in_force();
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
@@ -314,7 +316,10 @@ impl Tracer {
         }
         for (pid, outcome) in outcomes {
             match outcome.await {
-                Ok(Ok(stopped)) => debug!(pid, ?stopped, "the prefilter is out"),
+                Ok(Ok(stopped)) => {
+                    let longest_stopped_ms = milliseconds(stopped.max);
+                    debug!(pid, longest_stopped_ms, "the prefilter is out");
+                }
                 Ok(Err(error)) => warn!(pid, %error, "cannot take the prefilter out"),
                 Err(_) => warn!(pid, "no thread was left to take the prefilter out"),
             }

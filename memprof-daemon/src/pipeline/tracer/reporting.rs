@@ -14,7 +14,10 @@ use crate::{
     ledger::StackCounters,
     pipeline::{
         capture::{Capture, ImageCapture},
-        stats::{Books, Cost, ImageStats, ProcessStats, ProcessSummary, Stats, Sums},
+        stats::{
+            Books, Cost, ImageStats, ProcessFacts, ProcessStats, ProcessSummary, Stats, Sums,
+            milliseconds,
+        },
         target::{Image, Target},
     },
     sample::ImageId,
@@ -95,18 +98,11 @@ impl Tracer {
             .iter()
             .map(|(&pid, target)| {
                 let info = target.images.last().map(|image| &image.info);
-                let engine = engine_of(target);
                 ProcessSummary {
-                    pid,
-                    comm: info.map(|info| info.comm.clone()).unwrap_or_default(),
+                    facts: self.facts_of(pid, target),
                     exe: info.map(|info| info.exe.clone()).unwrap_or_default(),
                     origin: info.map(|info| info.origin.clone()),
-                    state: target.state_name(),
                     modules: target.modules.iter().cloned().collect(),
-                    engine: engine.name(),
-                    engine_reason: engine.reason().map(str::to_owned),
-                    cost: cost_of(target),
-                    books: self.books_of(target),
                 }
             })
             .collect()
@@ -138,20 +134,9 @@ impl Tracer {
                 .iter()
                 .map(|(&pid, target)| {
                     let losses = self.losses(target.slot);
-                    let engine = engine_of(target);
                     ProcessStats {
-                        pid,
-                        comm: target
-                            .images
-                            .last()
-                            .map(|image| image.info.comm.clone())
-                            .unwrap_or_default(),
-                        state: target.state_name(),
+                        facts: self.facts_of(pid, target),
                         sites: target.sites.len(),
-                        engine: engine.name(),
-                        engine_reason: engine.reason().map(str::to_owned),
-                        cost: cost_of(target),
-                        books: self.books_of(target),
                         images: target
                             .images
                             .iter()
@@ -171,6 +156,22 @@ impl Tracer {
                     }
                 })
                 .collect(),
+        }
+    }
+
+    fn facts_of(&self, pid: u32, target: &Target) -> ProcessFacts {
+        let image = target.images.last();
+        let engine = engine_of(target);
+        ProcessFacts {
+            pid,
+            comm: image
+                .map(|image| image.info.comm.clone())
+                .unwrap_or_default(),
+            state: target.state_name(),
+            engine: engine.name(),
+            engine_reason: engine.reason().map(str::to_owned),
+            cost: cost_of(target),
+            books: self.books_of(target),
         }
     }
 
@@ -213,10 +214,6 @@ impl Tracer {
         }
         sums
     }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
 
 /// How the calls of a target's present or last program are looked at.
