@@ -302,6 +302,7 @@ fn journal() {
 /// The capabilities that docs/service.md names, as the kernel shows them.
 const KEPT: u64 = 1 << 39 | 1 << 38 | 1 << 19 | 1 << 40 | 1 << 2 | 1 << 14;
 const SYS_ADMIN: u64 = 1 << 21;
+const SYS_NICE: u64 = 1 << 23;
 
 /// The sets of every thread of a process, by their names in its status.
 fn capabilities(pid: u32, set: &str) -> Vec<u64> {
@@ -343,11 +344,13 @@ fn capabilities_are_given_up() {
     let daemon = Daemon::start(&dir, &[exec.pid(), other.pid()], &[]);
 
     let by_perf = daemon.stats()["probe_mode"] == "perf";
-    let kept = if by_perf || is_prefilter() {
-        KEPT | SYS_ADMIN
-    } else {
-        KEPT
-    };
+    let mut kept = KEPT;
+    if by_perf || is_prefilter() {
+        kept |= SYS_ADMIN;
+    }
+    if is_prefilter() {
+        kept |= SYS_NICE;
+    }
     for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
         for held in capabilities(daemon.running.pid(), set) {
             assert_eq!(held & !kept, 0, "{set} {held:x}");

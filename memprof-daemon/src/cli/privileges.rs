@@ -40,14 +40,20 @@ impl Kept {
         // It stands for this one, and was the only one before Linux 5.9.
         let stands_in = !kept.contains(&Capability::CAP_CHECKPOINT_RESTORE);
         // A process's seccomp filter is suspended while the prefilter is put in
-        // (`ptrace_setoptions` in kernel/ptrace.c wants it).
-        let suspends = choice.may_write();
+        // (`ptrace_setoptions` in kernel/ptrace.c wants it), and who has stopped a process must
+        // not wait for a processor (`can_nice` in kernel/sched/syscalls.c).
+        let stops = choice.may_write();
         // aya attaches by perf events a program that it finds by its number, which the kernel
         // lets nobody else do (`bpf_prog_get_fd_by_id` in kernel/bpf/syscall.c).
         let by_perf = choice.resolve().is_ok_and(|mode| mode == ProbeMode::Perf);
-        if (stands_in || suspends || by_perf) && is_held(&Capability::CAP_SYS_ADMIN) {
-            kept.insert(Capability::CAP_SYS_ADMIN);
-        }
+        let more = [
+            (Capability::CAP_SYS_ADMIN, stands_in || stops || by_perf),
+            (Capability::CAP_SYS_NICE, stops),
+        ];
+        let more = more
+            .into_iter()
+            .filter(|(one, wanted)| *wanted && is_held(one));
+        kept.extend(more.map(|(one, _)| one));
         Ok(Self(kept))
     }
 
