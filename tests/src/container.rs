@@ -12,7 +12,7 @@ use crate::{
     daemon::eventually,
     dir::TempDir,
     running::Running,
-    targets::{Target, target_with},
+    targets::{Target, copy_program, target_with},
 };
 
 /// What Debian's `musl` and `musl-dev` install.
@@ -100,7 +100,7 @@ fn make_root(root: &Path) {
         (program, PROGRAM),
     ] {
         let to = root.join(to.trim_start_matches('/'));
-        fs::copy(from, &to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+        copy_program(from, &to);
         fs::set_permissions(&to, Permissions::from_mode(0o755)).expect("its permissions");
     }
 }

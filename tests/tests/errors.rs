@@ -11,7 +11,7 @@ use memprof_tests::{
     Finished, Running, TempDir,
     memprof::{self, memprof},
     target,
-    targets::freestanding,
+    targets::{copy_program, freestanding},
 };
 
 fn run(args: &[&str]) -> Finished {
@@ -96,7 +96,7 @@ fn not_root() {
     let dir = TempDir::new("errors");
     let binary = dir.file("memprof");
     memprof::require_root();
-    fs::copy(memprof::binary(), &binary).expect("a copy of memprof");
+    copy_program(memprof::binary(), binary.as_ref());
     fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).expect("its permissions");
     let hold = Running::spawn(&mut target("hold.c").command(&[]));
     hold.wait_stdout(|line| line == "ready");
@@ -284,7 +284,7 @@ fn check() {
 
     let dir = TempDir::new("errors");
     let binary = dir.file("memprof");
-    fs::copy(memprof::binary(), &binary).expect("a copy of memprof");
+    copy_program(memprof::binary(), binary.as_ref());
     fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).expect("its permissions");
     let mut command = Command::new("setpriv");
     command.args([

@@ -71,8 +71,8 @@ fn completions() {
     assert!(!run(&["--help"]).contains("\n  man"));
 }
 
-/// Check that a manual page is written for each subcommand, and that man(1)'s formatter, where
-/// there is one, has nothing to complain about.
+/// Check that a manual page is written for each subcommand, with its environment variables and
+/// without what only a build has.
 #[test]
 fn manual_pages() {
     let dir = TempDir::new("packaging");

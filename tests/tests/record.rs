@@ -4,7 +4,7 @@ use std::{fs, process::Command, time::Instant};
 
 use memprof_tests::{
     End, LIMIT, Profile, Record, Running, TempDir, Totals, engine::is_prefilter, memprof, pprof,
-    target,
+    target, targets::copy_program,
 };
 use nix::sys::signal::Signal;
 
@@ -305,7 +305,7 @@ fn pprof_of_known_leaks() {
 fn names_after_exit_and_deletion() {
     let dir = TempDir::new("record");
     let copy = dir.file("deleted");
-    fs::copy(target("leaks.c").path(), &copy).expect("a copy of the target");
+    copy_program(target("leaks.c").path(), copy.as_ref());
     let mut command = Command::new(&copy);
     let mut leaks = Running::spawn(&mut command);
     leaks.wait_stdout(|line| line == "ready");

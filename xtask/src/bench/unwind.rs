@@ -73,7 +73,8 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<UnwindR
 
 /// Puts memprof on the target, measures all rows, and takes it off.
 fn visit(context: &Context, target: &mut Process, way: &str) -> Result<Visit> {
-    let options = ["-i", "1", "--unwind", way];
+    // Probes on each call: without a sample, the prefilter comes to no program.
+    let options = ["-i", "1", "--probe", "uprobe", "--unwind", way];
     let daemon = Daemon::start_with(context, &options, &[target.pid()])?;
     // How many frames there are above the program's own differs: by frame pointers, those
     // of the C library are not found.
