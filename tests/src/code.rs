@@ -62,6 +62,18 @@ impl AllocatorCode {
     }
 }
 
+impl AllocatorCode {
+    /// The functions that are otherwise than in `other`.
+    #[must_use]
+    pub fn changed_from(&self, other: &Self) -> Vec<String> {
+        let pairs = self.0.iter().zip(&other.0);
+        pairs
+            .filter(|(one, other)| one != other)
+            .map(|((name, _), _)| name.clone())
+            .collect()
+    }
+}
+
 struct Function {
     name: String,
     virtual_address: u64,

@@ -22,6 +22,7 @@ use super::{
     layout::Geometry,
     map::{self, Mapped},
     remote,
+    step::{self, Step},
     stop::Stopped,
     stop_error::StopError,
     tracer::Tracer,
@@ -127,7 +128,7 @@ pub struct Image {
     pub(super) data: DataPlace,
     /// The data was mapped with this image, not with an earlier one.
     pub(super) owns_data: bool,
-    /// The private part may have been set to zeros since the stubs ran.
+    /// The private part may have been set to zeros since the stubs ran, or is not there.
     pub(super) is_wiped: bool,
     /// The stubs.
     pub(super) code: Vec<Range<u64>>,
@@ -209,6 +210,7 @@ pub fn attach(
 ) -> Result<Attached, PrefilterError> {
     let pid = order.process.pid();
     let mut stopped_time = StoppedTime::default();
+    step::done(Step::Checked);
     let mapped = {
         let mut stopped = once_set_up(order, || order.grip.one(tracer, pid, order.deadline))?;
         require_alive(order.process)?;
@@ -216,6 +218,7 @@ pub fn attach(
         stopped_time.add(stopped.release()?);
         mapped?
     };
+    step::done(Step::Mapped);
     let Mapped {
         image,
         file,
@@ -223,7 +226,10 @@ pub fn attach(
         data,
     } = mapped;
     let put = match probes.attach(&file, &sites) {
-        Ok(()) => write_jumps(tracer, order, &image, &mut stopped_time),
+        Ok(()) => {
+            step::done(Step::Probed);
+            write_jumps(tracer, order, &image, &mut stopped_time)
+        }
         Err(error) => Err(PrefilterError::Sites(error)),
     };
     if let Err(error) = put {
@@ -344,6 +350,7 @@ fn write_all(stopped: &Stopped, image: &Image) -> Result<(), PrefilterError> {
             detach::restore(stopped, &image.patches)?;
         }
         enabled?;
+        step::done(Step::Enabled);
     }
     Ok(())
 }

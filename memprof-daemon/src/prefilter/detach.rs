@@ -4,7 +4,9 @@
 //! it, nor will return to it.
 
 use std::{
-    fs, thread,
+    fs,
+    ops::Range,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,6 +18,7 @@ use super::{
     map::PAGE_BYTES,
     occupants::is_anyone_in,
     remote,
+    step::{self, Step},
     stop::Stopped,
     stop_error::StopError,
     tracer::Tracer,
@@ -52,6 +55,12 @@ pub fn detach(
         let mut stopped = match Stopped::all(tracer, pid, deadline) {
             Ok(stopped) => stopped,
             Err(_) if has_ended(process) => return Ok(time),
+            // A debugger may go before the time is over.
+            Err(StopError::Traced { .. }) if Instant::now() + wait < deadline => {
+                thread::sleep(wait);
+                wait = (2 * wait).min(LAST_RETRY);
+                continue;
+            }
             Err(error) => return Err(error.into()),
         };
         if has_ended(process) || !is_there(pid, image) {
@@ -75,7 +84,11 @@ pub fn detach(
 fn undo(stopped: &mut Stopped, image: &Image, restored: &mut bool) -> Result<bool, DetachError> {
     if !*restored {
         restore(stopped, &image.patches)?;
-        set_enabled(stopped, &image.data, false)?;
+        // Zeros are off.
+        if !image.is_wiped {
+            set_enabled(stopped, &image.data, false)?;
+        }
+        step::done(Step::SwitchedOff);
         *restored = true;
     }
     if is_anyone_in(stopped, image)? {
@@ -119,15 +132,24 @@ pub(super) fn restore(stopped: &Stopped, patches: &[Patch]) -> Result<(), StopEr
     Ok(())
 }
 
+/// The data first, in one call: its private part has no name to be known by. What may be
+/// left behind it by a daemon that dies now is known by its name.
 fn unmap_in(stopped: &mut Stopped, image: &Image) -> Result<(), InjectError> {
-    let mut ranges = image.code.clone();
-    if image.owns_data {
-        ranges.push(image.data.range.clone());
-    }
+    let data = image.owns_data.then(|| image.data.range.clone());
+    let ranges: Vec<Range<u64>> = data.into_iter().chain(image.code.iter().cloned()).collect();
+    unmap_ranges(stopped, &ranges)
+}
+
+/// Unmaps `ranges`, in their order.
+pub(super) fn unmap_ranges(
+    stopped: &mut Stopped,
+    ranges: &[Range<u64>],
+) -> Result<(), InjectError> {
     stopped.inject(|calls| {
-        for range in &ranges {
+        for range in ranges {
             let length = range.end - range.start;
             calls.call(libc::SYS_munmap, [range.start, length, 0, 0, 0, 0])?;
+            step::done(Step::Unmapped);
         }
         Ok(())
     })

@@ -144,7 +144,7 @@ fn map_parts(
             let mut data = SharedData::new(&file, 0, geometry)
                 .map_err(PrefilterError::io("map the memory file"))?;
             data.start(order.interval_bytes, order.seed);
-            (map_data(order, calls, fd, ranges)?, Some(data))
+            (map_shared(order, calls, fd, ranges)?, Some(data))
         }
     };
     let maps = read_maps(order.process.pid())?;
@@ -158,7 +158,7 @@ fn map_parts(
     let (mut code, mut patches, mut sites) = (Vec::new(), Vec::new(), Vec::new());
     for module in order.modules {
         let length = code_length(module);
-        let at = reserve_code(calls, &maps, module, length)?;
+        let at = reserve_code(calls, &maps, module, length, fd)?;
         ranges.0.push(at..at + length);
         let image = assemble_for(at, place.range.start, place.geometry, &module.hooks, nests)?;
         if image.bytes.len() as u64 > length {
@@ -183,6 +183,9 @@ fn map_parts(
         );
         patches.extend(in_order(image.patches, &module.hooks));
         offset += length;
+    }
+    if order.image.is_none() {
+        map_private(calls, &place)?;
     }
     // Over all modules: no block is to be freed unseen.
     patches.sort_by_key(|&(is_free, _)| !is_free);
@@ -213,7 +216,7 @@ fn in_order(
 }
 
 /// Reserves room for all data first, so that its parts lie as the stubs expect.
-fn map_data(
+fn map_shared(
     order: &Order<'_>,
     calls: &mut Calls,
     fd: u64,
@@ -221,34 +224,38 @@ fn map_data(
 ) -> Result<DataPlace, PrefilterError> {
     let shared = order.geometry.shared_bytes() as u64;
     let private = order.geometry.private_bytes() as u64;
-    let start = reserve(calls, 0, shared + private)?;
+    let start = reserve(calls, 0, shared + private, fd)?;
     let range = start..start + shared + private;
     ranges.0.push(range.clone());
-    let read_write = libc::PROT_READ | libc::PROT_WRITE;
-    let place = DataPlace {
-        private: start + shared,
-        geometry: order.geometry,
-        range,
-    };
     map_fixed(
         calls,
-        start..place.private,
-        read_write,
+        start..start + shared,
+        libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_SHARED,
         Some((fd, 0)),
     )?;
-    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    Ok(DataPlace {
+        private: start + shared,
+        geometry: order.geometry,
+        range,
+    })
+}
+
+/// The part of the data that is no file's has no name to be known by: it is mapped once the
+/// header of some code says where it is.
+fn map_private(calls: &mut Calls, place: &DataPlace) -> Result<(), PrefilterError> {
     map_fixed(
         calls,
         place.private..place.range.end,
-        read_write,
-        anonymous,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         None,
     )?;
     // A forked child finds zeros there: its stubs are switched off.
     let advice = u64::from(libc::MADV_WIPEONFORK.unsigned_abs());
-    calls.call(libc::SYS_madvise, [place.private, private, advice, 0, 0, 0])?;
-    Ok(place)
+    let length = place.range.end - place.private;
+    calls.call(libc::SYS_madvise, [place.private, length, advice, 0, 0, 0])?;
+    Ok(())
 }
 
 /// Room for a module's stubs, near its code.
@@ -257,6 +264,7 @@ fn reserve_code(
     maps: &[MapsEntry],
     module: &ModuleHooks,
     length: u64,
+    fd: u64,
 ) -> Result<u64, PrefilterError> {
     let reach: Vec<Range<u64>> = module
         .hooks
@@ -269,7 +277,7 @@ fn reserve_code(
         })
         .collect();
     for place in free_places(maps, &reach, length) {
-        match reserve(calls, place, length) {
+        match reserve(calls, place, length, fd) {
             Ok(at) if at == place => return Ok(at),
             // Before Linux 4.17 the flag was a hint.
             Ok(at) => {
@@ -288,19 +296,20 @@ fn reserve_code(
     })
 }
 
-/// Takes address space: at `place` or, if that is 0, anywhere.
-fn reserve(calls: &mut Calls, place: u64, length: u64) -> Result<u64, InjectError> {
+/// Takes address space: at `place` or, if that is 0, anywhere. It is the file's, though
+/// nothing can be read there: so it has its name, should this daemon die now.
+fn reserve(calls: &mut Calls, place: u64, length: u64, fd: u64) -> Result<u64, InjectError> {
     let fixed = if place == 0 {
         0
     } else {
         libc::MAP_FIXED_NOREPLACE
     };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | fixed;
     let none = libc::PROT_NONE.unsigned_abs();
     let flags = flags.unsigned_abs();
     calls.call(
         libc::SYS_mmap,
-        [place, length, none.into(), flags.into(), NOWHERE, 0],
+        [place, length, none.into(), flags.into(), fd, 0],
     )
 }
 
