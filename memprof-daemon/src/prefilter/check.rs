@@ -26,9 +26,7 @@ pub fn check(
     mappings: &MappingTable,
     modules: &[AllocatorModule],
 ) -> Result<Vec<ModuleHooks>, PrefilterError> {
-    if !std::arch::is_x86_feature_detected!("lzcnt") {
-        return Err(PrefilterError::NoLzcnt);
-    }
+    require_lzcnt(std::arch::is_x86_feature_detected!("lzcnt"))?;
     if pid == std::process::id() {
         return Err(PrefilterError::Myself);
     }
@@ -53,6 +51,11 @@ pub fn check(
         return Err(PrefilterError::NotMapped);
     }
     Ok(all)
+}
+
+/// Older processors execute another instruction in its place.
+fn require_lzcnt(has_lzcnt: bool) -> Result<(), PrefilterError> {
+    has_lzcnt.then_some(()).ok_or(PrefilterError::NoLzcnt)
 }
 
 /// A process has one tracer at a time, and each of its threads can have another.
@@ -82,4 +85,20 @@ pub fn require_untraced(pid: u32) -> Result<(), PrefilterError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that a processor without the instruction is refused, and said to be, and that
+    /// memprof does not stop itself.
+    #[test]
+    fn refusals() {
+        assert!(require_lzcnt(true).is_ok());
+        let error = require_lzcnt(false).unwrap_err();
+        assert!(error.to_string().contains("LZCNT"), "{error}");
+        let myself = check(std::process::id(), &MappingTable::default(), &[]);
+        assert!(matches!(myself, Err(PrefilterError::Myself)), "{myself:?}");
+    }
 }

@@ -37,11 +37,13 @@ fn is_fit(thread: &Thread, maps: &[MapsEntry]) -> bool {
 /// Whether returns are checked against a second stack, which a frame is not on
 /// (`x86_Thread_features` in `/proc/PID/status`, since Linux 6.6).
 fn has_shadow_stack(tid: u32) -> bool {
-    read_status(tid).is_ok_and(|status| {
-        let mut lines = status.lines();
-        let features = lines.find_map(|line| line.strip_prefix("x86_Thread_features:"));
-        features.is_some_and(|features| features.contains("shstk"))
-    })
+    read_status(tid).is_ok_and(|status| names_shadow_stack(&status))
+}
+
+fn names_shadow_stack(status: &str) -> bool {
+    let mut lines = status.lines();
+    let features = lines.find_map(|line| line.strip_prefix("x86_Thread_features:"));
+    features.is_some_and(|features| features.split_whitespace().any(|name| name == "shstk"))
 }
 
 /// Whether a seccomp filter would see its calls. Also if that cannot be told.
@@ -78,4 +80,26 @@ fn is_writable(thread: &Thread) -> bool {
     remote::read_word(thread.tid, at)
         .and_then(|word| remote::write(thread.tid, at, &word.to_ne_bytes()))
         .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that a thread with a shadow stack is known by what Linux 6.6 and later say of it
+    /// (arch/x86/kernel/cpu/proc.c, `dump_x86_features`), and that locked features are not
+    /// taken for ones in force.
+    #[test]
+    fn shadow_stacks() {
+        let status = |features: &str, locked: &str| {
+            format!(
+                "Name:\tx\nx86_Thread_features:\t{features}\n\
+                 x86_Thread_features_locked:\t{locked}\n"
+            )
+        };
+        assert!(names_shadow_stack(&status("shstk ", "")));
+        assert!(names_shadow_stack(&status("shstk wrss ", "shstk wrss ")));
+        assert!(!names_shadow_stack(&status("", "shstk wrss ")));
+        assert!(!names_shadow_stack("Name:\tshstk\n"));
+    }
 }
