@@ -5,7 +5,7 @@ use std::{fs::File, io, ops::RangeInclusive, path::PathBuf};
 
 use memprof_common::function::Function;
 
-use super::relocate::{self, Displaced, JUMP_BYTES, displace};
+use super::relocate::{self, Displaced, JUMP_BYTES, displace_behind_first};
 use crate::{
     probe::{
         find::{self, AllocatorModule, FoundSite},
@@ -22,7 +22,8 @@ use crate::{
 pub struct Hook {
     /// What it is, by the meaning of its arguments.
     pub function: Function,
-    /// Where the jump goes: its first instruction, or the one behind `endbr64`.
+    /// Where the jump goes: its second instruction if the first can stay, as `endbr64` does;
+    /// else the first.
     pub entry: u64,
     /// The instructions that make space for it.
     pub displaced: Displaced,
@@ -188,7 +189,7 @@ fn hook(
     let address = layout.code_address(site.file_offset);
     let address = address.ok_or(Refusal::NotInCode)?.0.wrapping_add(bias);
     let code = module.code(site).map_err(Refusal::Unreadable)?;
-    let displaced = displace(&code, address)?;
+    let displaced = displace_behind_first(&code, address)?;
     let length = displaced.end().wrapping_sub(address);
     let expected = usize::try_from(length).ok().and_then(|end| code.get(..end));
     compare(expected.unwrap_or_default(), address, read)?;
@@ -249,8 +250,9 @@ fn check_file(
     let inside: Vec<RangeInclusive<u64>> = hooks
         .iter()
         .map(|hook| {
-            let last = hook.displaced.end().wrapping_sub(1);
-            hook.entry.wrapping_add(1).wrapping_sub(bias)..=last.wrapping_sub(bias)
+            let inside = hook.displaced.inside();
+            let last = inside.end.wrapping_sub(1);
+            inside.start.wrapping_sub(bias)..=last.wrapping_sub(bias)
         })
         .collect();
     debug_assert!(

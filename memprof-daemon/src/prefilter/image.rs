@@ -20,6 +20,8 @@ use super::{
 /// Stubs begin at lines of the cache.
 const LINE_BYTES: usize = 64;
 const PAGE_BYTES: usize = 4096;
+/// What undoes a first instruction that stays, and a jump.
+const MAX_UNDO_BYTES: usize = 16;
 
 /// Why an image cannot be made, or is none.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +100,7 @@ pub enum MallocNests {
 /// An upper bound of an image's length, to look for a place.
 #[must_use]
 pub fn code_bytes(hooks: usize) -> usize {
-    let stub = stubs::code().len() + MAX_RELOCATED_BYTES + LINE_BYTES;
+    let stub = stubs::code().len() + MAX_RELOCATED_BYTES + MAX_UNDO_BYTES + LINE_BYTES;
     (header::bytes(hooks) + stub + hooks * stub).next_multiple_of(PAGE_BYTES)
 }
 
@@ -198,7 +200,7 @@ impl Assembly {
         self.bytes
             .resize(self.bytes.len().next_multiple_of(LINE_BYTES), INT3);
         let Extent { start, entry, end } = stubs::extent(template(function, nests));
-        let stub = self.at + (self.bytes.len() + (entry - start) as usize) as u64;
+        let mut stub = self.at + (self.bytes.len() + (entry - start) as usize) as u64;
         self.copy(start as usize..end as usize, Some(function))?;
         let real = self.at + self.bytes.len() as u64;
         let relocated = hook
@@ -206,6 +208,16 @@ impl Assembly {
             .relocate(real)
             .map_err(|source| ImageError::Relocation { function, source })?;
         self.bytes.extend(relocated);
+        let undo = hook.displaced.undo();
+        if !undo.is_empty() {
+            let begin = self.at + self.bytes.len() as u64;
+            self.bytes.extend(&undo);
+            let behind = self.at + (self.bytes.len() + JUMP_BYTES) as u64;
+            self.bytes.push(JMP_REL32);
+            self.bytes
+                .extend((stub.wrapping_sub(behind) as u32).to_le_bytes());
+            stub = begin;
+        }
 
         let entry = hook.entry;
         let out_of_reach = ImageError::OutOfReach {

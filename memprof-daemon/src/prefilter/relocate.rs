@@ -6,6 +6,8 @@
 //! places as before, and if none tells anybody where it stands (as a call does by its
 //! return address).
 
+mod lead;
+
 use std::ops::Range;
 
 use iced_x86::{
@@ -13,11 +15,14 @@ use iced_x86::{
     Instruction, InstructionBlock, Mnemonic, OpKind,
 };
 
+use lead::Lead;
+
 /// A jump with a 32-bit distance: opcode and distance.
 pub const JUMP_BYTES: usize = 5;
-/// What relocated instructions and the jump back take at most: four bytes of them and one
-/// of 15, of which short branches can grow, `loop` and its kin the most.
-pub const MAX_RELOCATED_BYTES: usize = 64;
+/// What relocated instructions and the jump back take at most: one of 15 bytes that stays,
+/// four bytes of others and one of 15, of which short branches can grow, `loop` and its kin the
+/// most.
+pub const MAX_RELOCATED_BYTES: usize = 80;
 /// The entry's bytes are exchanged by words of this size, which must not cross pages: the
 /// next may be of another file.
 const WORD_BYTES: u64 = 8;
@@ -79,6 +84,8 @@ pub struct Displaced {
     instructions: Vec<Instruction>,
     /// The last is not a jump or a return.
     goes_on: bool,
+    /// The function's first instruction, if that stays, before the jump.
+    lead: Option<Lead>,
 }
 
 /// The instructions to displace of the function at `address`: whole ones that take the
@@ -102,6 +109,35 @@ pub fn displace(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
     Ok(displaced)
 }
 
+/// As [`displace`], but where it can be, the function's first instruction stays in its place,
+/// so that another tool's uprobe there does no harm.
+///
+/// # Errors
+///
+/// As [`displace`].
+pub fn displace_behind_first(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
+    // As a whole it has to be fit: nothing leads back to its entry.
+    let plain = displace(code, address)?;
+    Ok(behind_first(code, &plain).unwrap_or(plain))
+}
+
+fn behind_first(code: &[u8], plain: &Displaced) -> Option<Displaced> {
+    let lead = Lead::of(*plain.instructions.first()?)?;
+    let second = lead.instruction.next_ip();
+    let length = lead.instruction.len();
+    // Not behind `endbr64`: there it stays anyway.
+    let is_first = plain.bytes.get(..length) == code.get(..length);
+    let displaced = displace(code.get(length..)?, second).ok()?;
+    let refers_to = own_reference(&lead.instruction);
+    let fits = is_first
+        && displaced.address == second
+        && !refers_to.is_some_and(|place| displaced.range().contains(&place));
+    fits.then_some(Displaced {
+        lead: Some(lead),
+        ..displaced
+    })
+}
+
 fn first_instructions(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
     let mut decoder = Decoder::with_ip(64, code, address, DecoderOptions::NONE);
     let mut instruction = decoder.decode();
@@ -118,6 +154,7 @@ fn first_instructions(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
         address: address.wrapping_add(skipped as u64),
         instructions: Vec::new(),
         goes_on: true,
+        lead: None,
     };
     let mut length = 0;
     loop {
@@ -189,7 +226,7 @@ impl Displaced {
     #[must_use]
     pub fn passes_on_to(&self) -> Option<u64> {
         match self.instructions.as_slice() {
-            [jump] if !self.goes_on => branch_target(jump),
+            [jump] if !self.goes_on && self.lead.is_none() => branch_target(jump),
             _ => None,
         }
     }
@@ -200,15 +237,42 @@ impl Displaced {
         self.address..self.end()
     }
 
+    /// The addresses that nothing but the instruction before may lead to. The first of the
+    /// function is where all calls lead.
+    #[must_use]
+    pub fn inside(&self) -> Range<u64> {
+        let start = self.address.wrapping_add(u64::from(self.lead.is_none()));
+        start..self.end()
+    }
+
+    /// What is to be executed before anything else, where the jump leads to, so that all is as
+    /// it was when the function was called.
+    #[must_use]
+    pub fn undo(&self) -> Vec<u8> {
+        self.lead.as_ref().map(Lead::undo).unwrap_or_default()
+    }
+
+    /// Whether the function's first instruction stays in its place.
+    #[must_use]
+    pub fn keeps_first(&self, function: u64) -> bool {
+        self.address != function
+    }
+
     /// Where the function goes on.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.address.wrapping_add(self.bytes.len() as u64)
     }
 
+    /// Those that run elsewhere.
+    fn all(&self) -> impl Iterator<Item = &Instruction> {
+        let lead = self.lead.as_ref().map(|lead| &lead.instruction);
+        lead.into_iter().chain(&self.instructions)
+    }
+
     /// What must be within 2 GiB of where the instructions are to run.
     pub fn references(&self) -> impl Iterator<Item = u64> + '_ {
-        let own = self.instructions.iter().flat_map(|instruction| {
+        let own = self.all().flat_map(|instruction| {
             branch_target(instruction)
                 .into_iter()
                 .chain(own_reference(instruction))
@@ -234,7 +298,8 @@ impl Displaced {
         {
             return Err(Refusal::OutOfReach { from: to, target });
         }
-        let block = InstructionBlock::new(&self.instructions, to);
+        let instructions: Vec<Instruction> = self.all().copied().collect();
+        let block = InstructionBlock::new(&instructions, to);
         let mut bytes = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
             .map_err(|_| Refusal::Encoding)?
             .code_buffer;

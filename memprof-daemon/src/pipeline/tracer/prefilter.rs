@@ -20,6 +20,7 @@ use crate::{
         attach::{Attached, Image, StoppedTime},
         data::SharedData,
         error::{DetachError, PrefilterError},
+        relocate::displace_behind_first,
     },
     probe::{
         attach::AttachError,
@@ -379,12 +380,15 @@ impl Target {
 
 /// A function that is entered by a jump, as it is shown.
 fn hooked_site(module: &AllocatorModule, found: &FoundSite) -> ProbeSite {
-    const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
-    // Where indirect branches are checked, it stays the first instruction.
-    let is_marked = module
+    // The first instruction stays where it can: what is displaced does not depend on where the
+    // function is, but for pages' ends.
+    let start = found.file_offset.0;
+    let displaced = module
         .code(found)
-        .is_ok_and(|code| code.starts_with(&ENDBR64));
-    let offset = if is_marked { ENDBR64.len() as u32 } else { 0 };
+        .ok()
+        .and_then(|code| displace_behind_first(&code, start).ok());
+    let entry = displaced.map_or(start, |displaced| displaced.address);
+    let offset = entry.saturating_sub(start) as u32;
     ProbeSite {
         module: module.file.path.to_string_lossy().into_owned(),
         function: found.function.symbol().to_owned(),

@@ -135,6 +135,40 @@ fn jumps_back() {
     assert_eq!(into, Refusal::JumpTarget(ADDRESS + 3));
 }
 
+/// Check that a first instruction stays where the next can be jumps' place, is executed with
+/// the others, and does not where something leads to the second, or it finds what is
+/// displaced, or has to be at the start anyway.
+#[test]
+fn first_stays() {
+    let behind = |first: &[u8]| {
+        let displaced = displace_behind_first(&code(first), ADDRESS).unwrap();
+        (displaced.address - ADDRESS, displaced.bytes.len())
+    };
+    // push r15; push r14; push r13; push r12
+    let pushes = [0x41, 0x57, 0x41, 0x56, 0x41, 0x55, 0x41, 0x54];
+    assert_eq!(behind(&pushes), (2, 6));
+    let displaced = displace_behind_first(&code(&pushes), ADDRESS).unwrap();
+    assert_eq!(displaced.inside(), ADDRESS + 2..ADDRESS + 8);
+    assert_eq!(displaced.undo().len(), 8);
+    let moved = displaced.relocate(ADDRESS + 0x1000).unwrap();
+    assert_eq!(moved[..8], pushes);
+    // endbr64; push r15; ...
+    let marked = [&[0xf3, 0x0f, 0x1e, 0xfa], &pushes[..]].concat();
+    assert_eq!(behind(&marked), (4, 6));
+    // xor eax, eax; nop ...: not fit
+    assert_eq!(behind(&[0x31, 0xc0]), (0, 5));
+    // push r15; je to itself: back to the second
+    assert_eq!(behind(&[0x41, 0x57, 0x74, 0xfe]), (2, 5));
+    let loops = code(&[0x41, 0x57, 0x90, 0x90, 0x90, 0x90, 0x90, 0x74, 0xf9]);
+    assert_eq!(
+        displace_behind_first(&loops, ADDRESS).unwrap_err(),
+        Refusal::JumpTarget(ADDRESS + 2)
+    );
+    // cmp byte [rip + 1], 0
+    assert_eq!(behind(&[0x80, 0x3d, 1, 0, 0, 0, 0]), (0, 7));
+    assert_eq!(behind(&[0x80, 0x3d, 0, 1, 0, 0, 0]), (7, 5));
+}
+
 /// Check that what is out of reach is refused, from both sides, and that the last place from
 /// where it can be reached is not.
 #[test]
@@ -148,7 +182,10 @@ fn reach() {
         displaced.references().collect::<Vec<_>>(),
         [data, address + 7]
     );
-    let (low, high) = (data - 0x7fff_ffff, address + 7 + 0x8000_0000 - 0x40);
+    let (low, high) = (
+        data - 0x7fff_ffff,
+        address + 7 + 0x8000_0000 - MAX_RELOCATED_BYTES as u64,
+    );
     for to in [low, high] {
         check_same(&displaced, &displaced.relocate(to).unwrap(), to);
     }
