@@ -1,7 +1,7 @@
 //! `cargo xtask test` and `cargo xtask lint`.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -38,10 +38,37 @@ const ABOUT_PROBES: [&str; 13] = [
     "totals",
 ];
 
-/// Every test: the unit tests, and the end-to-end tests as root, these once with the
-/// prefilter and once with the best way to attach probes that the kernel has; those about
-/// probes for each other way, too, and those of the unwinder once more as on kernels
-/// without `bpf_loop`. `filter` is passed on to the end-to-end tests.
+/// The end-to-end tests to which it does not matter how calls are looked at, and those that
+/// choose it themselves.
+const ONCE: [&str; 22] = [
+    "config",
+    "containers",
+    "debuginfod",
+    "http_access",
+    "http_limits",
+    "http_metrics",
+    "http_openapi",
+    "http_pprof",
+    "packaging",
+    "prefilter_hazards",
+    "prefilter_steps",
+    "prefilter_stress",
+    "prefilter_targets",
+    "prefilter_undone",
+    "prefilter_uprobes",
+    "ps",
+    "service",
+    "symbols",
+    "table_delay",
+    "unwind_gdb",
+    "unwind_places",
+    "unwind_steps",
+];
+
+/// Every test: the unit tests, and the end-to-end tests as root, these with the
+/// prefilter and, but for [`ONCE`], with the best way to attach probes that the kernel has;
+/// those about probes for each other way, too, and those of the unwinder once more as on
+/// kernels without `bpf_loop`. `filter` is passed on to the end-to-end tests.
 ///
 /// # Errors
 ///
@@ -55,29 +82,49 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
     let modes = probe_modes(workspace)?;
     let (best, others) = modes.split_first().context("no way to attach")?;
-    for mode in ["prefilter", best] {
-        println!("\nEnd-to-end tests, engine or mode {mode}:");
-        end_to_end(workspace, &[(PROBE_MODE, mode)], &[], filter)?;
-    }
-    let tests: Vec<&str> = ABOUT_PROBES
-        .iter()
-        .flat_map(|test| ["--test", test])
-        .collect();
+    println!("\nEnd-to-end tests, prefilter:");
+    end_to_end(workspace, &[(PROBE_MODE, "prefilter")], &[""; 0], filter)?;
+    let again = all_but_once(workspace)?;
+    println!("\nEnd-to-end tests, uprobes, mode {best}:");
+    end_to_end(workspace, &[(PROBE_MODE, best)], &again, filter)?;
     for mode in others {
         println!("\nEnd-to-end tests about probes, mode {mode}:");
-        end_to_end(workspace, &[(PROBE_MODE, mode)], &tests, filter)?;
+        end_to_end(workspace, &[(PROBE_MODE, mode)], &ABOUT_PROBES, filter)?;
     }
     println!("\nTests of the unwinder, stacks walked by tail calls:");
     let variables = [(PROBE_MODE, "perf"), (WALK, "tail-calls")];
-    let tests = ["--test", "unwind", "--test", "unwind_oracle"];
+    let tests = ["unwind", "unwind_oracle"];
     end_to_end(workspace, &variables, &tests, filter)
 }
 
-/// End-to-end tests, with `variables` set.
+/// The names of the end-to-end tests but for [`ONCE`], each of which there must be.
+fn all_but_once(workspace: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(workspace.join("tests/tests")).context("list the tests")? {
+        let path = entry.context("list the tests")?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            names.extend(
+                path.file_stem()
+                    .map(|stem| stem.to_string_lossy().into_owned()),
+            );
+        }
+    }
+    names.sort();
+    if let Some(gone) = ONCE
+        .iter()
+        .find(|once| !names.iter().any(|name| name == *once))
+    {
+        bail!("there is no test {gone} any more");
+    }
+    names.retain(|name| !ONCE.contains(&name.as_str()));
+    Ok(names)
+}
+
+/// The end-to-end tests of these names, or all if there are none, with `variables` set.
 fn end_to_end(
     workspace: &Path,
     variables: &[(&str, &str)],
-    tests: &[&str],
+    tests: &[impl AsRef<str>],
     filter: &[String],
 ) -> Result<()> {
     let mut command = cargo(workspace);
@@ -87,7 +134,7 @@ fn end_to_end(
     }
     command
         .args(["test", "--package", "memprof-tests", "--no-fail-fast"])
-        .args(tests);
+        .args(tests.iter().flat_map(|test| ["--test", test.as_ref()]));
     command.arg("--").arg(PARALLEL_TESTS).args(filter);
     run(&mut command)
 }
