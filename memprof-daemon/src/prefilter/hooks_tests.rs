@@ -50,7 +50,7 @@ fn table(module: &AllocatorModule) -> (String, usize) {
                 let displaced = &hooks[0].displaced;
                 let (_, layout) = open(module).unwrap();
                 let function = layout.code_address(site.file_offset).unwrap().0;
-                let stays = displaced.keeps_first(function.wrapping_add(BIAS));
+                let stays = displaced.address != function.wrapping_add(BIAS);
                 format!(
                     "{:2} bytes, {}",
                     displaced.bytes.len(),

@@ -13,7 +13,7 @@ use super::{
     header,
     hooks::Hook,
     layout::Geometry,
-    relocate::{JUMP_BYTES, MAX_RELOCATED_BYTES, Refusal},
+    relocate::{JUMP_BYTES, MAX_RELOCATED_BYTES, Refusal, jump},
     stubs::{self, Extent, PatchKind, Template},
 };
 
@@ -180,7 +180,6 @@ pub fn read_header(bytes: &[u8]) -> Result<ImageHeader, ImageError> {
 
 /// Between stubs: nothing comes there.
 const INT3: u8 = 0xcc;
-const JMP_REL32: u8 = 0xe9;
 
 /// An image in the making.
 struct Assembly {
@@ -208,31 +207,26 @@ impl Assembly {
             .relocate(real)
             .map_err(|source| ImageError::Relocation { function, source })?;
         self.bytes.extend(relocated);
-        let undo = hook.displaced.undo();
-        if !undo.is_empty() {
-            let begin = self.at + self.bytes.len() as u64;
-            self.bytes.extend(&undo);
-            let behind = self.at + (self.bytes.len() + JUMP_BYTES) as u64;
-            self.bytes.push(JMP_REL32);
-            self.bytes
-                .extend((stub.wrapping_sub(behind) as u32).to_le_bytes());
-            stub = begin;
-        }
-
         let entry = hook.entry;
         let out_of_reach = ImageError::OutOfReach {
             function,
             entry,
             stub,
         };
-        let behind = entry.wrapping_add(JUMP_BYTES as u64);
-        let Ok(distance) = i32::try_from(stub.wrapping_sub(behind).cast_signed()) else {
+        let undo = hook.displaced.undo();
+        if !undo.is_empty() {
+            let begin = self.at + self.bytes.len() as u64;
+            self.bytes.extend(&undo);
+            let from = self.at + self.bytes.len() as u64;
+            let Some(jump) = jump(from, stub) else {
+                return Err(out_of_reach);
+            };
+            self.bytes.extend(jump);
+            stub = begin;
+        }
+        let Some(jump) = jump(entry, stub) else {
             return Err(out_of_reach);
         };
-        let mut jump = [JMP_REL32; JUMP_BYTES];
-        if let Some(operand) = jump.last_chunk_mut() {
-            *operand = distance.to_le_bytes();
-        }
         let Some(&original) = hook.displaced.bytes.first_chunk() else {
             return Err(ImageError::Relocation {
                 function,

@@ -19,6 +19,7 @@ use lead::Lead;
 
 /// A jump with a 32-bit distance: opcode and distance.
 pub const JUMP_BYTES: usize = 5;
+const JMP_REL32: u8 = 0xe9;
 /// What relocated instructions and the jump back take at most: one of 15 bytes that stays,
 /// four bytes of others and one of 15, of which short branches can grow, `loop` and its kin the
 /// most.
@@ -86,6 +87,16 @@ pub struct Displaced {
     goes_on: bool,
     /// The function's first instruction, if that stays, before the jump.
     lead: Option<Lead>,
+}
+
+/// The jump at `from` that leads to `to`; none if that is out of its reach.
+#[must_use]
+pub fn jump(from: u64, to: u64) -> Option<[u8; JUMP_BYTES]> {
+    let behind = from.wrapping_add(JUMP_BYTES as u64);
+    let distance = i32::try_from(to.wrapping_sub(behind).cast_signed()).ok()?;
+    let mut jump = [JMP_REL32; JUMP_BYTES];
+    *jump.last_chunk_mut()? = distance.to_le_bytes();
+    Some(jump)
 }
 
 /// The instructions to displace of the function at `address`: whole ones that take the
@@ -252,12 +263,6 @@ impl Displaced {
         self.lead.as_ref().map(Lead::undo).unwrap_or_default()
     }
 
-    /// Whether the function's first instruction stays in its place.
-    #[must_use]
-    pub fn keeps_first(&self, function: u64) -> bool {
-        self.address != function
-    }
-
     /// Where the function goes on.
     #[must_use]
     pub fn end(&self) -> u64 {
@@ -304,10 +309,8 @@ impl Displaced {
             .map_err(|_| Refusal::Encoding)?
             .code_buffer;
         if self.goes_on {
-            let behind = to.wrapping_add((bytes.len() + JUMP_BYTES) as u64);
-            let distance = self.end().wrapping_sub(behind) as u32;
-            bytes.push(0xe9);
-            bytes.extend(distance.to_le_bytes());
+            let (from, target) = (to.wrapping_add(bytes.len() as u64), self.end());
+            bytes.extend(jump(from, target).ok_or(Refusal::OutOfReach { from, target })?);
         }
         if bytes.len() > MAX_RELOCATED_BYTES {
             return Err(Refusal::Encoding);
