@@ -60,9 +60,7 @@ impl AllocatorCode {
             code.copy_from_slice(&libc.content[start..start + code.len()]);
         })
     }
-}
 
-impl AllocatorCode {
     /// The functions that are otherwise than in `other`.
     #[must_use]
     pub fn changed_from(&self, other: &Self) -> Vec<String> {

@@ -11,8 +11,13 @@ use std::{
 };
 
 use memprof_tests::{
-    Daemon, End, Finished, Record, Running, TempDir, Totals, code::AllocatorCode,
-    daemon::eventually, engine::cleanup, memprof, target,
+    Daemon, End, Finished, Record, Running, TempDir, Totals,
+    code::AllocatorCode,
+    daemon::eventually,
+    engine::cleanup,
+    hold::{Hold, maps},
+    memprof, target,
+    targets::copy_program,
 };
 use nix::sys::signal::Signal;
 
@@ -24,10 +29,6 @@ fn status(pid: u32, field: &str) -> String {
     value.expect("a field").trim().to_owned()
 }
 
-fn maps(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps")
-}
-
 fn assert_as_in_file(pid: u32) {
     assert_eq!(AllocatorCode::in_memory(pid), AllocatorCode::in_file(pid));
 }
@@ -36,15 +37,6 @@ fn ready(command: &mut Command) -> Running {
     let running = Running::spawn(command);
     running.wait_stdout(|line| line == "ready");
     running
-}
-
-fn hold() -> Running {
-    ready(&mut target("hold.c").command(&["10", "100"]))
-}
-
-fn go(target: &mut Running, times: usize) {
-    target.send("go");
-    eventually(|| (target.stdout().matches("done\n").count() == times).then_some(()));
 }
 
 /// `memprof record` of a process for a moment, by `command`.
@@ -138,16 +130,16 @@ fn words_on_a_childs_stack() {
 #[test]
 fn stopped_process() {
     let dir = TempDir::new("hazards");
-    let mut hold = hold();
+    let mut hold = Hold::start();
     let pid = hold.pid();
     let is_stopped = || status(pid, "State:").starts_with('T');
-    hold.signal(Signal::SIGSTOP);
+    hold.running.signal(Signal::SIGSTOP);
     eventually(|| is_stopped().then_some(()));
     let daemon = Daemon::start(&dir, &[pid], PREFILTER);
     thread::sleep(Duration::from_millis(100));
     assert!(is_stopped(), "{}", status(pid, "State:"));
-    hold.signal(Signal::SIGCONT);
-    go(&mut hold, 1);
+    hold.running.signal(Signal::SIGCONT);
+    hold.go();
     let profile = daemon.profile_when(pid, |profile| {
         profile.process().leaf_totals("hold_here").alloc_objects >= 10
     });
@@ -156,16 +148,15 @@ fn stopped_process() {
         profile.process().leaf_totals("hold_here"),
         Totals::of(10, 10, 100)
     );
-    hold.signal(Signal::SIGSTOP);
+    hold.running.signal(Signal::SIGSTOP);
     eventually(|| is_stopped().then_some(()));
     daemon.stop();
     assert!(is_stopped(), "{}", status(pid, "State:"));
     assert_as_in_file(pid);
     assert!(!maps(pid).contains("memprof-prefilter"));
-    hold.signal(Signal::SIGCONT);
-    go(&mut hold, 2);
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.running.signal(Signal::SIGCONT);
+    hold.go();
+    hold.finish();
 }
 
 /// Check that a debugger that comes while the prefilter is in keeps it from being taken out,
@@ -174,7 +165,7 @@ fn stopped_process() {
 #[test]
 fn debugger_meanwhile() {
     let dir = TempDir::new("hazards");
-    let mut hold = hold();
+    let mut hold = Hold::start();
     let pid = hold.pid();
     let daemon = Daemon::start(
         &dir,
@@ -193,13 +184,12 @@ fn debugger_meanwhile() {
     let _ = gdb.finish();
     eventually(|| (status(pid, "TracerPid:") == "0").then_some(()));
     // What is left works.
-    go(&mut hold, 1);
+    hold.go();
     assert!(cleanup(pid).contains("taken out of 9 functions"));
     assert_as_in_file(pid);
     assert!(!maps(pid).contains("memprof-prefilter"));
-    go(&mut hold, 2);
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.go();
+    hold.finish();
 }
 
 /// Check that a set-user-id program that another user has started is seen, exactly.
@@ -209,13 +199,13 @@ fn set_user_id() {
     const DAEMON: &str = "1";
     let dir = TempDir::new("hazards");
     let program = dir.file("hold");
-    fs::copy(target("hold.c").path(), &program).expect("a copy");
+    copy_program(target("hold.c").path(), program.as_ref());
     chown(&program, Some(NOBODY), Some(NOBODY)).expect("its owner");
     fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).expect("its mode");
     let mut command = Command::new("setpriv");
     command.args(["--reuid", DAEMON, "--regid", DAEMON, "--clear-groups"]);
     command.args([&program, "10", "100"]);
-    let mut hold = ready(&mut command);
+    let mut hold = Hold::started_by(&mut command);
     let uids = status(hold.pid(), "Uid:");
     let uids: Vec<&str> = uids.split_whitespace().collect();
     assert_eq!(
@@ -224,7 +214,7 @@ fn set_user_id() {
         "set-user-id works here"
     );
     let daemon = Daemon::start(&dir, &[hold.pid()], PREFILTER);
-    go(&mut hold, 1);
+    hold.go();
     let profile = daemon.profile_when(hold.pid(), |profile| {
         profile.process().leaf_totals("hold_here").alloc_objects >= 10
     });
@@ -235,8 +225,7 @@ fn set_user_id() {
     );
     daemon.stop();
     assert_as_in_file(hold.pid());
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.finish();
 }
 
 /// Check that a process is refused whose pid namespace forbids executable memory files, with
@@ -275,7 +264,7 @@ fn no_executable_memory_files() {
 #[test]
 fn without_the_capability() {
     let dir = TempDir::new("hazards");
-    let mut hold = hold();
+    let mut hold = Hold::start();
     let pid = hold.pid();
     let before = maps(pid);
     let mut command = Command::new("setpriv");
@@ -283,11 +272,9 @@ fn without_the_capability() {
     command.arg(memprof::binary());
     let finished = record(&mut command, &dir, pid, "prefilter");
     finished.expect_code(1);
-    println!("{}", finished.stderr);
     finished.expect_stderr(&["CAP_SYS_PTRACE"]);
     assert_eq!(maps(pid), before);
     assert_as_in_file(pid);
-    go(&mut hold, 1);
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.go();
+    hold.finish();
 }

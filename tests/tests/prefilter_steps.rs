@@ -8,7 +8,12 @@
 use std::{fs, fs::File, os::unix::fs::FileExt as _, os::unix::process::ExitStatusExt as _};
 
 use memprof_tests::{
-    Running, TempDir, code::AllocatorCode, daemon::eventually, engine::cleanup, memprof, target,
+    Running, TempDir,
+    code::AllocatorCode,
+    daemon::eventually,
+    engine::cleanup,
+    hold::{self, Hold},
+    memprof, target,
 };
 use nix::sys::signal::Signal;
 
@@ -35,8 +40,7 @@ fn dies_at(dir: &TempDir, pid: u32, name: &str, count: u32) -> bool {
 
 /// All that is mapped, but the heap, which the program itself changes.
 fn maps(pid: u32) -> Vec<String> {
-    fs::read_to_string(format!("/proc/{pid}/maps"))
-        .expect("maps")
+    hold::maps(pid)
         .lines()
         .filter(|line| !line.contains("[heap]"))
         .map(str::to_owned)
@@ -71,38 +75,12 @@ fn changed(pid: u32) -> Vec<String> {
     AllocatorCode::in_memory(pid).changed_from(&AllocatorCode::in_file(pid))
 }
 
-/// The process whose memprof dies: it sleeps but when it is told to go.
-struct Hold {
-    running: Running,
-    rounds: usize,
-}
-
-impl Hold {
-    fn start() -> Self {
-        let running = Running::spawn(&mut target("hold.c").command(&["10", "100"]));
-        running.wait_stdout(|line| line == "ready");
-        let mut hold = Self { running, rounds: 0 };
-        // Its heap is made now.
-        hold.go();
-        hold
-    }
-
-    fn pid(&self) -> u32 {
-        self.running.pid()
-    }
-
-    /// Has it allocate.
-    fn go(&mut self) {
-        self.rounds += 1;
-        self.running.send("go");
-        let running = &self.running;
-        eventually(|| (running.stdout().matches("done\n").count() == self.rounds).then_some(()));
-    }
-
-    fn finish(mut self) {
-        self.running.close_stdin();
-        self.running.finish().expect_code(0);
-    }
+/// The process whose memprof dies.
+fn victim() -> Hold {
+    let mut hold = Hold::start();
+    // Its heap is made now.
+    hold.go();
+    hold
 }
 
 /// Kills memprof at the steps of a name, from `first` to `last` if there are as many, each
@@ -112,7 +90,7 @@ impl Hold {
 #[track_caller]
 fn at_each(name: &str, first: u32, last: u32, check: impl Fn(u32, u32)) -> u32 {
     let dir = TempDir::new("steps");
-    let mut hold = Hold::start();
+    let mut hold = victim();
     let pid = hold.pid();
     let before = maps(pid);
     let mut count = first;

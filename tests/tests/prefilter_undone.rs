@@ -1,33 +1,17 @@
 //! The prefilter goes as it has come: nothing of it stays in a process, whoever dies.
 
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use memprof_tests::{
     Daemon, Record, Running, TempDir,
     code::{AllocatorCode, file_maps},
-    daemon::eventually,
     engine::cleanup,
+    hold::{Hold, maps},
     memprof, target,
 };
 use nix::sys::signal::Signal;
 
 const PREFILTER: &[&str] = &["--probe", "prefilter"];
-
-/// All mappings.
-fn maps(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps")
-}
-
-fn holder() -> Running {
-    let hold = Running::spawn(&mut target("hold.c").command(&["10", "100"]));
-    hold.wait_stdout(|line| line == "ready");
-    hold
-}
-
-fn go(hold: &mut Running, times: usize) {
-    hold.send("go");
-    eventually(|| (hold.stdout().matches("done\n").count() == times).then_some(()));
-}
 
 /// A process of 8 threads that allocate, fork, make threads and get signals, and that
 /// fails if a block is not as it was.
@@ -54,9 +38,9 @@ fn assert_untouched(pid: u32, before: &[String]) {
 #[test]
 fn maps_and_text_are_as_before() {
     let dir = TempDir::new("undone");
-    let mut hold = holder();
+    let mut hold = Hold::start();
     // The heap grows at the first.
-    go(&mut hold, 1);
+    hold.go();
     let before = maps(hold.pid());
     for _ in 0..3 {
         let daemon = Daemon::start(&dir, &[hold.pid()], PREFILTER);
@@ -68,9 +52,8 @@ fn maps_and_text_are_as_before() {
             AllocatorCode::in_file(hold.pid())
         );
     }
-    go(&mut hold, 2);
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.go();
+    hold.finish();
 }
 
 /// Check that a daemon which is killed at any moment, while it attaches or later, leaves
@@ -171,7 +154,7 @@ fn again_and_again() {
 #[test]
 fn under_a_debugger() {
     let dir = TempDir::new("undone");
-    let mut hold = holder();
+    let mut hold = Hold::start();
     let pid = hold.pid().to_string();
     let strace = Running::spawn(std::process::Command::new("strace").args([
         "-f",
@@ -194,7 +177,7 @@ fn under_a_debugger() {
     .expect_code(1)
     .expect_stderr(&["traced by strace"]);
     let daemon = Daemon::start(&dir, &[hold.pid()], &["--probe", "auto"]);
-    go(&mut hold, 1);
+    hold.go();
     let profile = daemon.profile_when(hold.pid(), |profile| {
         profile.process().totals().alloc_objects >= 10
     });
@@ -204,8 +187,7 @@ fn under_a_debugger() {
     daemon.stop();
     strace.signal(Signal::SIGINT);
     let _ = strace.finish();
-    hold.close_stdin();
-    hold.finish().expect_code(0);
+    hold.finish();
 }
 
 /// Check that nothing is ever written into a process by `--probe uprobe`, and that the

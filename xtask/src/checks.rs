@@ -85,7 +85,10 @@ pub(crate) fn test(workspace: &Path, filter: &[String]) -> Result<()> {
     println!("\nEnd-to-end tests, prefilter:");
     end_to_end(workspace, &[(PROBE_MODE, "prefilter")], &[""; 0], filter)?;
     let again = all_but_once(workspace)?;
-    println!("\nEnd-to-end tests, uprobes, mode {best}:");
+    println!(
+        "\nEnd-to-end tests, uprobes, mode {best}, without {}:",
+        ONCE.join(", ")
+    );
     end_to_end(workspace, &[(PROBE_MODE, best)], &again, filter)?;
     for mode in others {
         println!("\nEnd-to-end tests about probes, mode {mode}:");
