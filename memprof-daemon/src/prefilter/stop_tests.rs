@@ -57,8 +57,8 @@ fn waiting_calls_go_on() {
         let target = Target::interrupted(kind);
         for calls in [0, 0, 1, 5] {
             stop_and_call(target.pid(), calls);
-            thread::sleep(Duration::from_millis(10));
-            assert_eq!(target.state(), 'S', "{kind} after {calls} calls");
+            let waits = format!("waits in {kind} again after {calls} calls");
+            target.until(&waits, |target| target.state() == 'S');
         }
         let (status, said) = target.finish();
         assert!(status.success(), "{kind}: {status} {said}");
