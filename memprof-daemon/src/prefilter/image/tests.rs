@@ -11,3 +11,4 @@ mod signals;
 mod sites;
 mod speed;
 mod threads;
+mod ways;
