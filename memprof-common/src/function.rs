@@ -2,14 +2,14 @@
 
 macro_rules! functions {
     ($($(#[$doc:meta])* $variant:ident = $code:literal, $symbol:literal;)*) => {
-        /// A function of the allocator family, by what its arguments mean.
+        /// A function of an allocator, by what its arguments mean: several names can have
+        /// the same.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[repr(u8)]
         pub enum Function { $($(#[$doc])* $variant = $code,)* }
 
         impl Function {
-            /// Every function, in the order in which sites that share an
-            /// address are given to one of them.
+            /// Every function.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             /// The function with this code, if there is one.
@@ -21,7 +21,7 @@ macro_rules! functions {
                 }
             }
 
-            /// The name of its symbol.
+            /// The name that it has where it comes from.
             #[must_use]
             pub const fn symbol(self) -> &'static str {
                 match self { $(Self::$variant => $symbol,)* }
@@ -57,9 +57,40 @@ functions! {
     FreeSized = 12, "free_sized";
     /// `void free_aligned_sized(void *, size_t, size_t)`, C23
     FreeAlignedSized = 13, "free_aligned_sized";
+    /// `void *mallocx(size_t, int)`, jemalloc: a `malloc` that calls no other, whatever other
+    /// modules do
+    Mallocx = 14, "mallocx";
+    /// `size_t xallocx(void *, size_t, size_t, int)`, jemalloc: resizes in place, or not, and
+    /// returns the size that the block has
+    Xallocx = 15, "xallocx";
+    /// `void *reallocf(void *, size_t)`: a `realloc` that frees the block if it fails
+    Reallocf = 16, "reallocf";
+    /// `void *mi_heap_calloc(mi_heap_t *, size_t, size_t)`, mimalloc
+    HeapCalloc = 17, "mi_heap_calloc";
+    /// `void *mi_heap_realloc(mi_heap_t *, void *, size_t)`, mimalloc
+    HeapRealloc = 18, "mi_heap_realloc";
+    /// `void *mi_heap_reallocn(mi_heap_t *, void *, size_t, size_t)`, mimalloc
+    HeapReallocn = 19, "mi_heap_reallocn";
+    /// `void *mi_heap_reallocf(mi_heap_t *, void *, size_t)`, mimalloc
+    HeapReallocf = 20, "mi_heap_reallocf";
 }
 
 impl Function {
+    /// Whether it gives a block up and hands out another.
+    #[must_use]
+    pub const fn reallocates(self) -> bool {
+        matches!(
+            self,
+            Self::Realloc
+                | Self::Reallocarray
+                | Self::Xallocx
+                | Self::Reallocf
+                | Self::HeapRealloc
+                | Self::HeapReallocn
+                | Self::HeapReallocf
+        )
+    }
+
     /// Whether it gives a block up and hands none out.
     #[must_use]
     pub const fn is_free(self) -> bool {

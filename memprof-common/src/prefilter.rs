@@ -81,6 +81,11 @@ pub const FRAME_NESTS: u32 = 4;
 /// `posix_memalign`: it returns an `int`, and the address is at
 /// [`SiteFrame::out_pointer`].
 pub const FRAME_STORES: u32 = 8;
+/// `xallocx`: it returns the size that the block has then, and has failed if that is less
+/// than was asked for. The block stays where it is.
+pub const FRAME_IN_PLACE: u32 = 16;
+/// `reallocf`: the old block is freed also if it fails.
+pub const FRAME_GIVES_UP: u32 = 32;
 
 /// First word of the shared part: "MPPFdat1".
 pub const DATA_MAGIC: u64 = u64::from_le_bytes(*b"MPPFdat1");

@@ -15,7 +15,7 @@ use memprof_common::{
 use crate::{
     counters::count,
     hit::Hit,
-    in_flight::{self, CALL_FREES, CALL_NESTS, InFlightCall, TakenBlock},
+    in_flight::{self, CALL_FREES, CALL_NESTS, CALL_TAKEN, InFlightCall, TakenBlock},
     live,
     stack::{self, Start},
     tail_calls, totals,
@@ -28,6 +28,13 @@ const REALLOCARRAY: u8 = Function::Reallocarray as u8;
 const POSIX_MEMALIGN: u8 = Function::PosixMemalign as u8;
 const ALIGNED_ALLOC: u8 = Function::AlignedAlloc as u8;
 const MEMALIGN: u8 = Function::Memalign as u8;
+const MALLOCX: u8 = Function::Mallocx as u8;
+const XALLOCX: u8 = Function::Xallocx as u8;
+const REALLOCF: u8 = Function::Reallocf as u8;
+const HEAP_CALLOC: u8 = Function::HeapCalloc as u8;
+const HEAP_REALLOC: u8 = Function::HeapRealloc as u8;
+const HEAP_REALLOCN: u8 = Function::HeapReallocn as u8;
+const HEAP_REALLOCF: u8 = Function::HeapReallocf as u8;
 
 /// Bytes that the call asks for. A product that overflows is larger than any
 /// allocator grants; the call will fail.
@@ -37,9 +44,25 @@ fn requested_bytes(ctx: &ProbeContext, function: u8) -> u64 {
     match function {
         CALLOC => saturating_product(argument(0), argument(1)),
         REALLOCARRAY => saturating_product(argument(1), argument(2)),
-        REALLOC | ALIGNED_ALLOC | MEMALIGN => argument(1),
-        POSIX_MEMALIGN => argument(2),
+        HEAP_CALLOC => saturating_product(argument(1), argument(2)),
+        HEAP_REALLOCN => saturating_product(argument(2), argument(3)),
+        REALLOC | ALIGNED_ALLOC | MEMALIGN | XALLOCX | REALLOCF => argument(1),
+        POSIX_MEMALIGN | HEAP_REALLOC | HEAP_REALLOCF => argument(2),
         _ => argument(0),
+    }
+}
+
+/// The block that the call gives up for the one it asks for; 0 if there is none.
+#[inline(always)]
+fn old_block(ctx: &ProbeContext, function: u8) -> u64 {
+    // Opaque, or the compiler makes one load of the two, at a place that it computes, which the
+    // verifier refuses.
+    let first = black_box(ctx.arg::<u64>(0).unwrap_or(0));
+    let second = black_box(ctx.arg::<u64>(1).unwrap_or(0));
+    match function {
+        REALLOC | REALLOCARRAY | XALLOCX | REALLOCF => first,
+        HEAP_REALLOC | HEAP_REALLOCN | HEAP_REALLOCF => second,
+        _ => 0,
     }
 }
 
@@ -87,7 +110,7 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
     let sampled = should_sample(size_bytes, interval, || draws.draw());
     // `malloc` calls no other function of the family, unless one module's calls
     // another's: nothing to remember.
-    let nests = function != MALLOC || hit.target.malloc_nests != 0;
+    let nests = (function != MALLOC || hit.target.malloc_nests != 0) && function != MALLOCX;
     if !sampled && !nests {
         return Return::NotNeeded;
     }
@@ -105,21 +128,20 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
         call.address = ctx.arg::<u64>(0).unwrap_or(0);
     }
     let mut lost = false;
-    if function == REALLOC || function == REALLOCARRAY {
-        let old = ctx.arg::<u64>(0).unwrap_or(0);
-        if old != 0 {
-            totals::count_free(hit);
-            call.flags |= CALL_FREES;
-            // Now, not at return: another thread may be given the old address
-            // before this call returns.
-            let key = hit.live_key(old);
-            if let Some(value) = live::remove(hit.slot, &key) {
-                // If there is no room to keep it, a failure cannot give it back.
-                if in_flight::keep_taken(thread, &TakenBlock { key, value }) {
-                    call.address = old;
-                } else {
-                    lost = true;
-                }
+    let old = old_block(ctx, function);
+    if old != 0 {
+        totals::count_free(hit);
+        call.flags |= CALL_FREES;
+        call.address = old;
+        // Now, not at return: another thread may be given the old address
+        // before this call returns.
+        let key = hit.live_key(old);
+        if let Some(value) = live::remove(hit.slot, &key) {
+            // If there is no room to keep it, a failure cannot give it back.
+            if in_flight::keep_taken(thread, &TakenBlock { key, value }) {
+                call.flags |= CALL_TAKEN;
+            } else {
+                lost = true;
             }
         }
     }
@@ -191,6 +213,13 @@ fn settle(ctx: &RetProbeContext, hit: &Hit) -> Option<SampledBlock> {
                 return None;
             }
         }
+    } else if function == XALLOCX {
+        // The size that the block has now, where it was.
+        if result >= call.size_bytes {
+            call.address
+        } else {
+            0
+        }
     } else {
         result
     };
@@ -198,12 +227,13 @@ fn settle(ctx: &RetProbeContext, hit: &Hit) -> Option<SampledBlock> {
     if call.flags & CALL_FREES != 0 {
         // A failed realloc leaves the old block as it was. realloc(p, 0) that
         // returns NULL has freed it (glibc; C17 lets both happen, and a
-        // library that keeps the block returns its address).
-        let failed = addr == 0 && call.size_bytes != 0;
+        // library that keeps the block returns its address). So has reallocf.
+        let failed =
+            addr == 0 && call.size_bytes != 0 && function != REALLOCF && function != HEAP_REALLOCF;
         if failed {
             totals::uncount_free(hit);
         }
-        if call.address != 0
+        if call.flags & CALL_TAKEN != 0
             && let Some(mut taken) = in_flight::hand_back(thread)
             && failed
         {

@@ -28,8 +28,7 @@ pub(crate) struct InFlightCall {
     pub(crate) size_bytes: u64,
     /// The interval that the decision was made with; 0 if not sampled.
     pub(crate) sample_interval_bytes: u64,
-    /// `posix_memalign`: where it stores the address. `realloc`: not 0 if its
-    /// old block was in the live map; then it is in `TAKEN`.
+    /// `posix_memalign`: where it stores the address. `realloc`: its old block.
     pub(crate) address: u64,
     /// `CALL_*`.
     pub(crate) flags: u64,
@@ -39,6 +38,8 @@ pub(crate) struct InFlightCall {
 pub(crate) const CALL_NESTS: u64 = 1;
 /// A `realloc` of a block; its free is counted already.
 pub(crate) const CALL_FREES: u64 = 2;
+/// Its old block was in the live map, and is in `TAKEN`.
+pub(crate) const CALL_TAKEN: u64 = 4;
 
 /// A block that a `realloc` under way has taken out of the live map.
 #[derive(Clone, Copy)]

@@ -150,3 +150,42 @@ fn compile(compiler: &str, flags: &[&str], more: &[&str], source: &Path, path: &
     );
     fs::rename(&unfinished, path).expect("moving a target into its place");
 }
+
+/// A package in `targets/`, built by cargo.
+#[derive(Clone, Debug)]
+pub struct Package {
+    /// Its program.
+    pub program: Target,
+    /// What its build has left.
+    pub build_dir: PathBuf,
+}
+
+/// Builds the package `targets/<name>`, which has a program of that name.
+#[must_use]
+pub fn package(name: &str) -> Package {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("targets")
+        .join(name);
+    let dir = profile_dir().join("../e2e-packages");
+    fs::create_dir_all(&dir).expect("a directory for the packages");
+    let dir = dir.canonicalize().expect("a directory for the packages");
+    let output = Command::new("cargo")
+        .args(["build", "--release", "--locked", "--target-dir"])
+        .arg(&dir)
+        .current_dir(&sources)
+        // What cargo tells the tests of their own package.
+        .env_remove("RUSTFLAGS")
+        .output()
+        .expect("the tests need cargo");
+    assert!(
+        output.status.success(),
+        "cargo build in {}:\n{}",
+        sources.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let build_dir = dir.join("release");
+    Package {
+        program: Target(build_dir.join(name)),
+        build_dir,
+    }
+}

@@ -115,8 +115,7 @@ fn sites(pid: u32, comm: &str, modules: &[AllocatorModule]) -> String {
                 "  {name:names$}  {offset:>offsets$}  {instruction:instructions$}  {kind}"
             );
         }
-        for function in &module.indirect {
-            let name = function.symbol();
+        for name in &module.indirect {
             let _ = writeln!(text, "  {name:names$}  not probed: chosen at run time");
         }
     }
@@ -125,10 +124,9 @@ fn sites(pid: u32, comm: &str, modules: &[AllocatorModule]) -> String {
 
 /// Function and aliases, place, instruction, how it is executed.
 fn row(site: &FoundSite) -> [String; 4] {
-    let mut name = site.function.symbol().to_owned();
+    let mut name = site.symbol.to_owned();
     if !site.aliases.is_empty() {
-        let aliases: Vec<_> = site.aliases.iter().map(|alias| alias.symbol()).collect();
-        name = format!("{name} ({})", aliases.join(", "));
+        name = format!("{name} ({})", site.aliases.join(", "));
     }
     let point = &site.point;
     let mut kind = if point.emulated {

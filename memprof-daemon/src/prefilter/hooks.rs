@@ -22,6 +22,8 @@ use crate::{
 pub struct Hook {
     /// What it is, by the meaning of its arguments.
     pub function: Function,
+    /// Its name.
+    pub symbol: &'static str,
     /// Where the jump goes: its second instruction if the first can stay, as `endbr64` does;
     /// else the first.
     pub entry: u64,
@@ -33,12 +35,12 @@ pub struct Hook {
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     /// One of its functions cannot.
-    #[error("{}: {}: {reason}", module.display(), function.symbol())]
+    #[error("{}: {}: {reason}", module.display(), symbol)]
     Function {
         /// The file.
         module: PathBuf,
         /// The function.
-        function: Function,
+        symbol: &'static str,
         /// Why.
         reason: Refusal,
     },
@@ -68,8 +70,8 @@ pub enum Refusal {
     #[error("another symbol is within its first instructions")]
     OtherSymbol,
     /// Another function's first instructions are its own.
-    #[error("its first instructions are those of {} too", .0.symbol())]
-    Overlap(Function),
+    #[error("its first instructions are those of {0} too")]
+    Overlap(&'static str),
     /// It is not in the file's code.
     #[error("it is not in the file's code")]
     NotInCode,
@@ -130,18 +132,36 @@ pub fn hooks_of(
     bias: u64,
     mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
 ) -> Result<Vec<Hook>, HookError> {
-    let refused = |function| {
+    let refused = |symbol| {
         move |reason: Refusal| HookError::Function {
             module: module.file.path.clone(),
-            function,
+            symbol,
             reason,
         }
     };
     let (file, layout) = open(module)?;
     let mut all = Vec::with_capacity(module.sites.len());
+    let mut others = Vec::new();
     for site in &module.sites {
-        let found = hook(module, &layout, site, bias, &mut read).map_err(refused(site.function))?;
-        all.push(found);
+        match hook(module, &layout, site, bias, &mut read) {
+            Ok(found) => all.push(found),
+            Err(reason) => others.push((site, reason)),
+        }
+    }
+    // What leads to a function that is entered need not be: the call is seen there.
+    let entered: Vec<u64> = all
+        .iter()
+        .map(|(start, _)| start.wrapping_sub(bias))
+        .collect();
+    for (site, reason) in others {
+        let address = layout.code_address(site.file_offset);
+        let leads_on = address.is_some_and(|address| {
+            let function = (site.function, address.0);
+            find::always_leads_to(file, &layout, function, &entered)
+        });
+        if !leads_on {
+            return Err(refused(site.symbol)(reason));
+        }
     }
     let mut hooks = without_thunks(all);
     hooks.sort_by_key(|hook| hook.entry);
@@ -149,8 +169,8 @@ pub fn hooks_of(
         if let [first, second] = pair
             && second.entry < first.displaced.end()
         {
-            let reason = Refusal::Overlap(first.function);
-            return Err(refused(second.function)(reason));
+            let reason = Refusal::Overlap(first.symbol);
+            return Err(refused(second.symbol)(reason));
         }
     }
     for (hook, reason) in hooks
@@ -158,7 +178,7 @@ pub fn hooks_of(
         .zip(check_file(file, &layout, &hooks, bias).map_err(|source| file_error(module, source))?)
     {
         if let Some(reason) = reason {
-            return Err(refused(hook.function)(reason));
+            return Err(refused(hook.symbol)(reason));
         }
     }
     Ok(hooks)
@@ -195,6 +215,7 @@ fn hook(
     compare(expected.unwrap_or_default(), address, read)?;
     let hook = Hook {
         function: site.function,
+        symbol: site.symbol,
         entry: displaced.address,
         displaced,
     };

@@ -33,18 +33,18 @@ pub enum ImageError {
     #[error("{0:#x} is not the address of a page")]
     Unaligned(u64),
     /// The first instructions do not run there.
-    #[error("{}: {source}", .function.symbol())]
+    #[error("{}: {source}", .symbol)]
     Relocation {
         /// Of which.
-        function: Function,
+        symbol: &'static str,
         /// Why.
         source: Refusal,
     },
     /// The stub is more than 2 GiB away from the function.
-    #[error("{} at {entry:#x} cannot jump to {stub:#x}", .function.symbol())]
+    #[error("{} at {entry:#x} cannot jump to {stub:#x}", .symbol)]
     OutOfReach {
         /// Which.
-        function: Function,
+        symbol: &'static str,
         /// Where it begins.
         entry: u64,
         /// Where its stub begins.
@@ -195,7 +195,9 @@ struct Assembly {
 impl Assembly {
     /// Adds the stub of a function.
     fn stub(&mut self, hook: &Hook, nests: MallocNests) -> Result<Patch, ImageError> {
-        let function = hook.function;
+        let Hook {
+            function, symbol, ..
+        } = *hook;
         self.bytes
             .resize(self.bytes.len().next_multiple_of(LINE_BYTES), INT3);
         let Extent { start, entry, end } = stubs::extent(template(function, nests));
@@ -205,11 +207,11 @@ impl Assembly {
         let relocated = hook
             .displaced
             .relocate(real)
-            .map_err(|source| ImageError::Relocation { function, source })?;
+            .map_err(|source| ImageError::Relocation { symbol, source })?;
         self.bytes.extend(relocated);
         let entry = hook.entry;
         let out_of_reach = ImageError::OutOfReach {
-            function,
+            symbol,
             entry,
             stub,
         };
@@ -229,7 +231,7 @@ impl Assembly {
         };
         let Some(&original) = hook.displaced.bytes.first_chunk() else {
             return Err(ImageError::Relocation {
-                function,
+                symbol,
                 source: Refusal::TooShort {
                     bytes: hook.displaced.bytes.len(),
                 },
@@ -319,7 +321,7 @@ impl Assembly {
 
 const fn template(function: Function, nests: MallocNests) -> Template {
     match (function, nests) {
-        (Function::Malloc, MallocNests::No) => Template::Malloc,
+        (Function::Malloc, MallocNests::No) | (Function::Mallocx, _) => Template::Malloc,
         (Function::Malloc, MallocNests::Yes) | (Function::Valloc | Function::Pvalloc, _) => {
             Template::Sized
         }
@@ -328,6 +330,12 @@ const fn template(function: Function, nests: MallocNests) -> Template {
         (Function::Reallocarray, _) => Template::Reallocarray,
         (Function::PosixMemalign, _) => Template::PosixMemalign,
         (Function::AlignedAlloc | Function::Memalign, _) => Template::Aligned,
+        (Function::Xallocx, _) => Template::Xallocx,
+        (Function::Reallocf, _) => Template::Reallocf,
+        (Function::HeapCalloc, _) => Template::HeapCalloc,
+        (Function::HeapRealloc, _) => Template::HeapRealloc,
+        (Function::HeapReallocn, _) => Template::HeapReallocn,
+        (Function::HeapReallocf, _) => Template::HeapReallocf,
         (
             Function::Free | Function::Cfree | Function::FreeSized | Function::FreeAlignedSized,
             _,

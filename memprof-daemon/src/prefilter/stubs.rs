@@ -37,6 +37,8 @@ global_asm!(
     FRAME_TAKEN = const shared::FRAME_TAKEN,
     FRAME_NESTS = const shared::FRAME_NESTS,
     FRAME_STORES = const shared::FRAME_STORES,
+    FRAME_IN_PLACE = const shared::FRAME_IN_PLACE,
+    FRAME_GIVES_UP = const shared::FRAME_GIVES_UP,
     SITE_FRAME_OFFSET = const shared::SITE_FRAME_OFFSET,
     HEADER_GENERATION = const shared::HEADER_GENERATION,
     HEADER_STARVED = const shared::HEADER_STARVED,
@@ -143,12 +145,24 @@ pub(super) enum Template {
     Reallocarray,
     /// `posix_memalign`.
     PosixMemalign,
-    /// An alignment, and the size.
+    /// An alignment, or a heap, and the size.
     Aligned,
+    /// `xallocx`.
+    Xallocx,
+    /// `reallocf`.
+    Reallocf,
+    /// A heap, then as `calloc`.
+    HeapCalloc,
+    /// A heap, then as `realloc`.
+    HeapRealloc,
+    /// A heap, then as `reallocarray`.
+    HeapReallocn,
+    /// A heap, then as `reallocf`.
+    HeapReallocf,
 }
 
 /// How many templates there are.
-pub(super) const TEMPLATES: usize = 8;
+pub(super) const TEMPLATES: usize = 14;
 
 /// Offsets in the stubs.
 #[derive(Clone, Copy, Debug)]

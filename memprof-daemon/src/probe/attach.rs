@@ -33,6 +33,8 @@ pub struct Site {
     pub file_offset: FileOffset,
     /// What is there.
     pub function: Function,
+    /// Its name.
+    pub symbol: &'static str,
     /// Number of the site within its target.
     pub number: u16,
 }
@@ -47,7 +49,7 @@ impl Site {
 
     /// `realloc` and its kin give blocks up too.
     const fn reallocates(&self) -> bool {
-        matches!(self.function, Function::Realloc | Function::Reallocarray)
+        self.function.reallocates()
     }
 }
 
@@ -288,13 +290,7 @@ fn refused(path: &Path, sites: &[&Site], error: LinkError) -> AttachError {
     }
     let functions: Vec<String> = sites
         .iter()
-        .map(|site| {
-            format!(
-                "{} at file offset {}",
-                site.function.symbol(),
-                site.file_offset
-            )
-        })
+        .map(|site| format!("{} at file offset {}", site.symbol, site.file_offset))
         .collect();
     AttachError::Refused {
         functions: functions.join(", "),

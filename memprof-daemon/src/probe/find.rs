@@ -26,9 +26,13 @@ use crate::{
     },
 };
 
+mod flow;
+mod linkage;
+mod names;
 mod points;
 mod standalone;
 
+use names::{Family, Name, find_names, known};
 use points::Place;
 use standalone::is_standalone;
 
@@ -38,20 +42,18 @@ const MAX_TABLE_BYTES: u64 = 1 << 30;
 /// Files are read in pieces of this size.
 const CHUNK_BYTES: usize = 256 << 10;
 const SYMBOL_BYTES: usize = 24;
-/// A hostile file can name and define the same function over and over.
+/// A hostile file can define the same function over and over.
 const MAX_MATCHES: usize = 1024;
 /// Results kept; a host maps some thousand different files.
 const MAX_CACHED: usize = 1 << 14;
-
-/// A variable that glibc's dynamic loader defines, and nobody else.
-const LOADER_MARK: &str = "_rtld_global";
 
 /// Why a process cannot be probed.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
     /// None of its files defines an allocator.
     #[error(
-        "pid {pid} has no known allocator: no symbols malloc and free in {}",
+        "pid {pid} has no known allocator: no symbols malloc and free, nor others of those in \
+         docs/allocators.md, in {}",
         list(searched)
     )]
     NoAllocator {
@@ -76,12 +78,15 @@ fn list(paths: &[PathBuf]) -> String {
 /// A place to probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundSite {
-    /// The function that starts here.
+    /// The function that starts here, by the meaning of its arguments. A `malloc` that may call
+    /// another function of the file is as `valloc`.
     pub function: Function,
+    /// Its name.
+    pub symbol: &'static str,
     /// Where in the file it starts.
     pub file_offset: FileOffset,
-    /// Functions that start here too, such as `cfree` with `free`.
-    pub aliases: Vec<Function>,
+    /// Names of functions that start here too, such as `cfree` with `free`.
+    pub aliases: Vec<&'static str>,
     /// How many bytes from there on are the function's, as far as is known: the first
     /// thousands.
     pub code_bytes: u64,
@@ -90,6 +95,12 @@ pub struct FoundSite {
 }
 
 impl FoundSite {
+    /// Whether this is where the function of that name starts.
+    #[must_use]
+    pub fn is_called(&self, symbol: &str) -> bool {
+        self.symbol == symbol || self.aliases.contains(&symbol)
+    }
+
     /// Where in the file the probe goes.
     #[must_use]
     pub fn probe_offset(&self) -> FileOffset {
@@ -113,7 +124,7 @@ pub struct AllocatorModule {
     pub sites: Vec<FoundSite>,
     /// Functions it defines by choice at run time (`STT_GNU_IFUNC`), which the
     /// file alone cannot place.
-    pub indirect: Vec<Function>,
+    pub indirect: Vec<&'static str>,
 }
 
 impl AllocatorModule {
@@ -127,6 +138,19 @@ impl AllocatorModule {
         let file = file.ok_or(io::ErrorKind::NotFound)?;
         points::read_code(file, site.file_offset, site.code_bytes)
     }
+}
+
+/// Whether each call of the function at `address` in `file` comes by one of `others`, which are
+/// addresses of functions there too.
+pub(crate) fn always_leads_to(
+    file: &File,
+    layout: &ElfLayout,
+    function: (Function, u64),
+    others: &[u64],
+) -> bool {
+    let (function, address) = function;
+    let mut linkage = linkage::Linkage::new(file, layout);
+    flow::follow(file, layout, &mut linkage, address, others, function).always_leads_on()
 }
 
 /// Which of `ranges` of addresses have a symbol of `file` in them.
@@ -247,30 +271,21 @@ impl Finder {
 #[derive(Debug, Default)]
 struct Definitions {
     sites: Vec<FoundSite>,
-    indirect: Vec<Function>,
+    indirect: Vec<&'static str>,
     /// Functions that several of its parts define, each for itself.
-    ambiguous: Vec<Function>,
-    is_loader: bool,
+    ambiguous: Vec<&'static str>,
 }
 
 impl Definitions {
-    /// Before glibc 2.31 its loader exports a `malloc` of its own, for use until
-    /// the C library's is there: without memalign's kin, unlike musl's loader,
-    /// which is the C library.
     fn is_allocator(&self) -> bool {
-        let defines = |function| {
-            self.sites
-                .iter()
-                .any(|site| site.function == function || site.aliases.contains(&function))
-        };
-        let is_stub = self.is_loader && !defines(Function::PosixMemalign);
-        defines(Function::Malloc) && defines(Function::Free) && !is_stub
+        !self.sites.is_empty()
     }
 
     fn read(file: &File) -> Result<Self, ElfError> {
         let layout = ElfLayout::read(file)?;
         let mut found = Self::default();
-        // All, then in order of place and `Function::ALL`.
+        let mut is_loader = false;
+        // All, then in order of place and of names.
         let mut places: Vec<Place> = Vec::new();
         // Of symbols that no other file can see.
         let mut local: Vec<Place> = Vec::new();
@@ -280,86 +295,75 @@ impl Definitions {
             if names.is_empty() {
                 continue;
             }
-            for_each_symbol(file, table, |symbol| match names.get(&symbol.name) {
-                Some(Name::LoaderMark) => found.is_loader |= symbol.defined,
-                Some(Name::Function(function))
-                    if is_standalone
-                        && symbol.is_local
-                        && symbol.kind == elf::STT_FUNC.0
-                        && local.len() <= MAX_MATCHES =>
-                {
-                    local.extend(Place::of(&layout, symbol, *function));
+            for_each_symbol(file, table, |symbol| {
+                let order = match names.get(&symbol.name) {
+                    Some(Name::LoaderMark) => {
+                        is_loader |= symbol.defined;
+                        return;
+                    }
+                    Some(Name::Function(order)) => *order,
+                    None => return,
+                };
+                let Some(known) = known().get(order) else {
+                    return;
+                };
+                let is_function = symbol.kind == elf::STT_FUNC.0;
+                if symbol.defined && is_function && places.len() <= MAX_MATCHES {
+                    places.extend(Place::of(&layout, symbol, order));
                 }
-                Some(Name::Function(function)) if symbol.defined => match symbol.kind {
-                    kind if kind == elf::STT_FUNC.0 && places.len() <= MAX_MATCHES => {
-                        places.extend(Place::of(&layout, symbol, *function));
-                    }
-                    kind if kind == elf::STT_GNU_IFUNC.0 && !found.indirect.contains(function) => {
-                        found.indirect.push(*function);
-                    }
-                    _ => {}
-                },
-                _ => {}
+                let counts_locally = is_standalone || known.family.is_distinct();
+                if symbol.is_local && is_function && counts_locally && local.len() <= MAX_MATCHES {
+                    local.extend(Place::of(&layout, symbol, order));
+                }
+                if symbol.defined
+                    && symbol.kind == elf::STT_GNU_IFUNC.0
+                    && !found.indirect.contains(&known.symbol)
+                {
+                    found.indirect.push(known.symbol);
+                }
             })?;
         }
         if places.len().max(local.len()) > MAX_MATCHES {
             return Err(ElfError::Malformed("the same functions too often"));
         }
-        found.ambiguous = points::add_local(&mut places, local);
-        found.sites = points::choose_all(file, &layout, points::starts(places))?;
+        let ambiguous = points::add_local(&mut places, local);
+        let families = whole_families(&places, is_loader);
+        places.retain(|place| families.contains(&place.known().family));
+        let starts = points::starts(places);
+        found.sites = points::choose_all(file, &layout, starts)?;
+        let is_whole = |symbol: &&str| {
+            let known = known().iter().find(|known| known.symbol == *symbol);
+            known.is_some_and(|known| families.contains(&known.family))
+        };
+        found.indirect.retain(is_whole);
+        found.ambiguous = ambiguous;
         Ok(found)
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Name {
-    Function(Function),
-    LoaderMark,
-}
-
-/// Where in the names of `table` those stand that are looked for.
+/// Of which families `places` has an allocator.
 ///
-/// Linkers let a name stand at the end of a longer one (`malloc` in `xmalloc`),
-/// so each place counts at which the rest up to the zero is the name. Looking
-/// for names first, and by number in the symbols, takes constant memory,
-/// whatever the size of the tables.
-fn find_names(file: &File, table: &SymbolTable) -> Result<HashMap<u32, Name>, ElfError> {
-    let wanted: Vec<(&[u8], Name)> = Function::ALL
-        .iter()
-        .map(|&function| (function.symbol().as_bytes(), Name::Function(function)))
-        .chain([(LOADER_MARK.as_bytes(), Name::LoaderMark)])
-        .collect();
-    let longest = wanted.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-
-    let mut names = HashMap::new();
-    let mut window: Vec<u8> = Vec::new();
-    let mut window_start = 0_u64;
-    for_each_chunk(
-        file,
-        table.names_offset,
-        table.names_size,
-        CHUNK_BYTES,
-        |chunk| {
-            window.extend_from_slice(chunk);
-            for (end, _) in window.iter().enumerate().filter(|&(_, &byte)| byte == 0) {
-                let before = window.get(..end).unwrap_or_default();
-                for &(name, what) in &wanted {
-                    if names.len() <= MAX_MATCHES && before.ends_with(name) {
-                        let start = window_start + (end - name.len()) as u64;
-                        names.extend(u32::try_from(start).ok().map(|start| (start, what)));
-                    }
-                }
-            }
-            // A name may go on in the next chunk.
-            let done = window.len().saturating_sub(longest);
-            window.drain(..done);
-            window_start += done as u64;
-        },
-    )?;
-    if names.len() > MAX_MATCHES {
-        return Err(ElfError::Malformed("the same names too often"));
-    }
-    Ok(names)
+/// Before glibc 2.31 its loader exports a `malloc` of its own, for use until the C library's
+/// is there: without memalign's kin, unlike musl's loader, which is the C library.
+fn whole_families(places: &[Place], is_loader: bool) -> Vec<Family> {
+    let defines = |family: Family, is_it: &dyn Fn(&names::Known) -> bool| {
+        let mut known = places.iter().map(Place::known);
+        known.any(|known| known.family == family && is_it(known))
+    };
+    let is_whole = |family: &Family| match family {
+        Family::Plain => {
+            let named = |symbol| move |known: &names::Known| known.symbol == symbol;
+            defines(*family, &named("malloc"))
+                && defines(*family, &named("free"))
+                && (!is_loader || defines(*family, &named("posix_memalign")))
+        }
+        // Linkers leave out what a program does not call.
+        _ => {
+            defines(*family, &|known| known.function.is_free())
+                && defines(*family, &|known| !known.function.is_free())
+        }
+    };
+    Family::ALL.into_iter().filter(is_whole).collect()
 }
 
 /// What is used of a symbol.

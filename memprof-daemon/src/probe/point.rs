@@ -148,19 +148,28 @@ fn find(function: Function, code: Code<'_>) -> Result<ProbePoint, Refusal> {
 
 /// The registers of the arguments up to the last that `memprof-ebpf` reads.
 const fn arguments(function: Function) -> &'static [Register] {
-    use Register::{RDI, RDX, RSI};
+    use Register::{RCX, RDI, RDX, RSI};
     match function {
         Function::Malloc
+        | Function::Mallocx
         | Function::Valloc
         | Function::Pvalloc
         | Function::Free
         | Function::Cfree
         | Function::FreeSized
         | Function::FreeAlignedSized => &[RDI],
-        Function::Calloc | Function::Realloc | Function::AlignedAlloc | Function::Memalign => {
-            &[RDI, RSI]
-        }
-        Function::Reallocarray | Function::PosixMemalign => &[RDI, RSI, RDX],
+        Function::Calloc
+        | Function::Realloc
+        | Function::Reallocf
+        | Function::Xallocx
+        | Function::AlignedAlloc
+        | Function::Memalign => &[RDI, RSI],
+        Function::Reallocarray
+        | Function::PosixMemalign
+        | Function::HeapCalloc
+        | Function::HeapRealloc
+        | Function::HeapReallocf => &[RDI, RSI, RDX],
+        Function::HeapReallocn => &[RDI, RSI, RDX, RCX],
     }
 }
 

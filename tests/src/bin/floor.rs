@@ -68,6 +68,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                     found.probe_offset()
                 },
                 function: found.function,
+                symbol: found.symbol,
                 number: u16::try_from(sites.len())?,
             });
         }

@@ -145,7 +145,7 @@ impl Tracer {
                 if !target.probed.insert(place) {
                     continue;
                 }
-                if found.function == Function::Malloc {
+                if found.is_called(Function::Malloc.symbol()) {
                     target.malloc_files.insert((file.device, file.inode));
                 }
                 let number = target.next_site;
@@ -155,12 +155,13 @@ impl Tracer {
                     path,
                     file_offset,
                     function: found.function,
+                    symbol: found.symbol,
                     number,
                 });
                 batch.places.push(place);
                 batch.shown.push(ProbeSite {
                     module: file.path.to_string_lossy().into_owned(),
-                    function: found.function.symbol().to_owned(),
+                    function: found.symbol.to_owned(),
                     file_offset: file_offset.0,
                     offset: found.point.offset,
                     instruction: found.point.instruction.clone(),

@@ -391,7 +391,7 @@ fn hooked_site(module: &AllocatorModule, found: &FoundSite) -> ProbeSite {
     let offset = entry.saturating_sub(start) as u32;
     ProbeSite {
         module: module.file.path.to_string_lossy().into_owned(),
-        function: found.function.symbol().to_owned(),
+        function: found.symbol.to_owned(),
         file_offset: found.file_offset.0.saturating_add(offset.into()),
         offset,
         instruction: "jmp".to_owned(),

@@ -187,13 +187,20 @@ memprof_stub_exit:
     memprof_patch {ENABLED_ADDRESS}, 8
     cmpq $0, (%rdx)
     je 5f
-    testl ${FRAME_STORES}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
+    testl ${FRAME_STORES}+{FRAME_IN_PLACE}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
     jz 1f
+    testl ${FRAME_STORES}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
+    jz 6f
     test %eax, %eax                     # an int: the upper half is anything
     mov $0, %eax                        # leaves the flags as they are
     jnz 1f
     mov {SITE_FRAME_OFFSET}+{FRAME_OUT}(%rsp), %rax
     mov (%rax), %rax
+    jmp 1f
+6:  cmp {SITE_FRAME_OFFSET}+{FRAME_SIZE}(%rsp), %rax  # xallocx: the size it has now
+    mov $0, %eax
+    jb 1f
+    mov {SITE_FRAME_OFFSET}+{FRAME_OLD}(%rsp), %rax
 1:  mov %rax, {SITE_FRAME_OFFSET}+{FRAME_ADDRESS}(%rsp)  # 0: it has failed
     mov {SITE_FRAME_OFFSET}+{FRAME_SHARD}(%rsp), %rcx    # %rcx = shard; 0: not the outermost call
     mov {SITE_FRAME_OFFSET}+{FRAME_OLD}(%rsp), %rdi
@@ -203,6 +210,8 @@ memprof_stub_exit:
     jnz 3f
     cmpq $0, {SITE_FRAME_OFFSET}+{FRAME_SIZE}(%rsp)
     je 3f                               # realloc(p, 0) has freed p
+    testl ${FRAME_GIVES_UP}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
+    jnz 3f                              # so has reallocf
     test %rcx, %rcx
     jz 2f
     decq {SHARD_FREES}(%rcx)            # the old block is as it was

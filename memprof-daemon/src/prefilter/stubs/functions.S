@@ -2,7 +2,7 @@
 # function's first instructions, which go on in the real function, are put at its end.
 # So the end of a stub is where the real function begins.
 #
-# On entry of all: the arguments are in %rdi, %rsi, %rdx; 0(%rsp) is the return address,
+# On entry of all: the arguments are in %rdi, %rsi, %rdx, %rcx; 0(%rsp) is the return address,
 # and %rsp + 8 a multiple of 16. %rax is nobody's, but for functions that return nothing.
 
 # The frame: 56 bytes below the return address, which is its last word.
@@ -199,7 +199,7 @@ memprof_entry posix_memalign
     memprof_follow posix_memalign
 memprof_end posix_memalign
 
-# void *aligned_alloc(size_t %rdi, size_t %rsi), memalign
+# void *aligned_alloc(size_t %rdi, size_t %rsi), memalign, and with a heap in %rdi
 memprof_begin aligned
 memprof_entry aligned
     memprof_frame {FRAME_NESTS}
@@ -209,6 +209,74 @@ memprof_entry aligned
     mov %rsi, %rax
     memprof_follow aligned
 memprof_end aligned
+
+# size_t xallocx(void *%rdi, size_t %rsi, size_t, int)
+memprof_begin xallocx
+memprof_entry xallocx
+    memprof_frame {FRAME_NESTS}+{FRAME_IN_PLACE}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rdi, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_follow xallocx
+memprof_end xallocx
+
+# void *reallocf(void *%rdi, size_t %rsi)
+memprof_begin reallocf
+memprof_entry reallocf
+    memprof_frame {FRAME_NESTS}+{FRAME_GIVES_UP}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rdi, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_follow reallocf
+memprof_end reallocf
+
+# void *mi_heap_calloc(mi_heap_t *, size_t %rsi, size_t %rdx)
+memprof_begin heap_calloc
+memprof_entry heap_calloc
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_product %rdx
+    memprof_follow heap_calloc
+memprof_end heap_calloc
+
+# void *mi_heap_realloc(mi_heap_t *, void *%rsi, size_t %rdx)
+memprof_begin heap_realloc
+memprof_entry heap_realloc
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rsi, {FRAME_OLD}(%rsp)
+    mov %rdx, %rax
+    memprof_follow heap_realloc
+memprof_end heap_realloc
+
+# void *mi_heap_reallocn(mi_heap_t *, void *%rsi, size_t %rdx, size_t %rcx)
+memprof_begin heap_reallocn
+memprof_entry heap_reallocn
+    memprof_frame {FRAME_NESTS}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rsi, {FRAME_OLD}(%rsp)
+    mov %rdx, %rax
+    memprof_product %rcx
+    memprof_follow heap_reallocn
+memprof_end heap_reallocn
+
+# void *mi_heap_reallocf(mi_heap_t *, void *%rsi, size_t %rdx)
+memprof_begin heap_reallocf
+memprof_entry heap_reallocf
+    memprof_frame {FRAME_NESTS}+{FRAME_GIVES_UP}
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rsi, {FRAME_OLD}(%rsp)
+    mov %rdx, %rax
+    memprof_follow heap_reallocf
+memprof_end heap_reallocf
 
 .balign 64, 0xcc
 .globl memprof_stubs_end

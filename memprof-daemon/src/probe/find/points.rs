@@ -5,7 +5,12 @@ use std::{fs::File, io, ops::RangeInclusive, os::unix::fs::FileExt as _};
 
 use memprof_common::function::Function;
 
-use super::{FoundSite, Symbol};
+use super::{
+    FoundSite, Symbol,
+    flow::follow,
+    linkage::{Goal, Linkage, passes_on_to},
+    names::{Known, known},
+};
 use crate::{
     address::{FileOffset, VirtOffset},
     probe::{
@@ -19,43 +24,55 @@ use crate::{
 /// jump back to them over a short distance.
 const MAX_CODE_BYTES: u64 = 4096;
 
-/// Where a function is. Compares by place, then by `Function::ALL`.
+/// An `endbr64` and a jump.
+const THUNK_BYTES: u64 = 16;
+
+/// Where a function is. Compares by place, then in the order of names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     file_offset: FileOffset,
+    /// In [`known`].
     order: usize,
-    function: Function,
     address: u64,
     /// 0 if it is not known.
     size: u64,
 }
 
 impl Place {
-    pub(super) fn of(layout: &ElfLayout, symbol: &Symbol, function: Function) -> Option<Self> {
+    pub(super) fn of(layout: &ElfLayout, symbol: &Symbol, order: usize) -> Option<Self> {
+        known().get(order)?;
         Some(Self {
             file_offset: layout.code_offset(symbol.address)?,
-            order: Function::ALL.iter().position(|&each| each == function)?,
-            function,
+            order,
             address: symbol.address.0,
             size: symbol.size,
         })
+    }
+
+    /// What is there.
+    pub(super) fn known(&self) -> &'static Known {
+        #[expect(clippy::indexing_slicing, reason = "checked where a place is made")]
+        &known()[self.order]
     }
 }
 
 /// Adds those functions that have no place yet, and one in `local`. Those that have several
 /// there are left out and returned: which of them the program allocates by is not known.
-pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<Function> {
-    local.retain(|place| !places.iter().any(|known| known.function == place.function));
+pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<&'static str> {
+    local.retain(|place| !places.iter().any(|known| known.order == place.order));
+    local.sort_unstable_by_key(|place| place.order);
     let mut ambiguous = Vec::new();
-    for &function in Function::ALL {
-        let mut of_it = local.iter().filter(|place| place.function == function);
-        let Some(first) = of_it.next() else {
+    for of_it in local.chunk_by(|a, b| a.order == b.order) {
+        let Some(first) = of_it.first() else {
             continue;
         };
-        if of_it.all(|other| other.file_offset == first.file_offset) {
+        if of_it
+            .iter()
+            .all(|other| other.file_offset == first.file_offset)
+        {
             places.push(*first);
         } else {
-            ambiguous.push(function);
+            ambiguous.push(first.known().symbol);
         }
     }
     ambiguous
@@ -64,7 +81,7 @@ pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<F
 /// A place where a function starts, or several.
 pub(super) struct Start {
     place: Place,
-    aliases: Vec<Function>,
+    aliases: Vec<&'static str>,
 }
 
 /// The places without repetition, each with all functions that start there; in
@@ -83,7 +100,7 @@ pub(super) fn starts(mut places: Vec<Place>) -> Vec<Start> {
         match starts.last_mut() {
             Some(start) if start.place.file_offset == place.file_offset => {
                 start.place.size = start.place.size.max(place.size);
-                start.aliases.push(place.function);
+                start.aliases.push(place.known().symbol);
             }
             _ => starts.push(Start {
                 place,
@@ -94,12 +111,72 @@ pub(super) fn starts(mut places: Vec<Place>) -> Vec<Start> {
     starts
 }
 
+/// The functions that are nothing but a jump to another of them are names of that one: each
+/// call of them is seen there, with the arguments that it has, and would count twice.
+fn without_thunks(
+    file: &File,
+    layout: &ElfLayout,
+    starts: Vec<Start>,
+) -> Result<Vec<Start>, ElfError> {
+    let mut linkage = Linkage::new(file, layout);
+    let mut goals = Vec::with_capacity(starts.len());
+    for Start { place, .. } in &starts {
+        let code = read_code(file, place.file_offset, THUNK_BYTES)?;
+        let goal = passes_on_to(&code, place.address);
+        goals.push(match goal {
+            Some(Goal::Code(address))
+                if starts.iter().any(|start| start.place.address == address) =>
+            {
+                Some(address)
+            }
+            Some(goal) => linkage.resolve(goal),
+            None => None,
+        });
+    }
+    let number = |address: Option<u64>| {
+        let is_there = |start: &Start| Some(start.place.address) == address;
+        address.and_then(|_| starts.iter().position(is_there))
+    };
+    // Each leads to one that is no such jump, or is one of a hostile file's circle.
+    let ends: Vec<usize> = (0..starts.len())
+        .map(|start| {
+            let mut end = start;
+            for _ in 0..starts.len() {
+                match number(goals.get(end).copied().flatten()) {
+                    Some(next) => end = next,
+                    None => return end,
+                }
+            }
+            start
+        })
+        .collect();
+    let mut aliases: Vec<Vec<&'static str>> = starts.iter().map(|_| Vec::new()).collect();
+    let mut kept = Vec::with_capacity(starts.len());
+    for (number, (start, end)) in starts.into_iter().zip(ends).enumerate() {
+        if number == end {
+            kept.push((number, start));
+        } else if let Some(aliases) = aliases.get_mut(end) {
+            aliases.push(start.place.known().symbol);
+            aliases.extend(start.aliases);
+        }
+    }
+    Ok(kept
+        .into_iter()
+        .map(|(number, mut start)| {
+            let more = aliases.get_mut(number).map(std::mem::take);
+            start.aliases.extend(more.unwrap_or_default());
+            start
+        })
+        .collect())
+}
+
 /// Chooses the instruction to probe for each of `starts`, which are in order.
 pub(super) fn choose_all(
     file: &File,
     layout: &ElfLayout,
     starts: Vec<Start>,
 ) -> Result<Vec<FoundSite>, ElfError> {
+    let starts = without_thunks(file, layout, starts)?;
     let mut sites = Vec::with_capacity(starts.len());
     let mut codes = Vec::with_capacity(starts.len());
     let mut rest = starts.into_iter().peekable();
@@ -122,14 +199,35 @@ pub(super) fn choose_all(
             bytes: &bytes,
             address: place.address,
         };
+        let Known {
+            symbol, function, ..
+        } = *place.known();
         sites.push(FoundSite {
-            function: place.function,
+            function,
+            symbol,
             file_offset: place.file_offset,
             aliases,
             code_bytes,
-            point: point::choose(place.function, code),
+            point: point::choose(function, code),
         });
         codes.push((place.address, bytes));
+    }
+
+    let addresses: Vec<u64> = codes.iter().map(|&(address, _)| address).collect();
+    let mut linkage = Linkage::new(file, layout);
+    for (site, &address) in sites.iter_mut().zip(&addresses) {
+        if matches!(site.function, Function::Malloc | Function::Mallocx) {
+            let others: Vec<u64> = addresses
+                .iter()
+                .copied()
+                .filter(|&a| a != address)
+                .collect();
+            let flow = follow(file, layout, &mut linkage, address, &others, site.function);
+            // As allocators that are built for debugging do.
+            if flow.leads_on {
+                site.function = Function::Valloc;
+            }
+        }
     }
 
     // All in one go: the file can be large.

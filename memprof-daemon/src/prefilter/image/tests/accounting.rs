@@ -23,6 +23,11 @@ fn calls() -> Vec<(Function, [u64; 3], u64)> {
         (Function::Memalign, [4096, 4, 7], 4),
         (Function::Valloc, [9, 7, 7], 9),
         (Function::Pvalloc, [17, 7, 7], 17),
+        (Function::Mallocx, [100, 7, 7], 100),
+        (Function::Reallocf, [0, 33, 7], 33),
+        (Function::HeapCalloc, [7, 3, 50], 150),
+        (Function::HeapRealloc, [7, 0, 33], 33),
+        (Function::HeapReallocf, [7, 0, 33], 33),
     ]
 }
 
@@ -123,6 +128,43 @@ fn counts_realloc() {
     rig.realloc(0x1000, 0);
     assert_eq!(rig.totals(), (5, 40, 2));
     assert_eq!(rig.calls(64), 1);
+}
+
+/// Check that a reallocf that fails has freed all the same, and that an xallocx which has
+/// less than was asked for has not.
+#[test]
+fn counts_kin_of_realloc() {
+    let rig = fakes::rig();
+    let function = |function, arguments| call(rig.function(function), arguments);
+    function(Function::Xallocx, [0x1000, 10, 0]);
+    assert_eq!(rig.totals(), (1, 10, 1));
+    function(Function::HeapRealloc, [7, 0x1000, 10]);
+    assert_eq!(rig.totals(), (2, 20, 2));
+    fakes::fail(true);
+    function(Function::Xallocx, [0x1000, 10, 0]);
+    assert_eq!(rig.totals(), (3, 30, 2), "the block is as it was");
+    function(Function::HeapRealloc, [7, 0x1000, 10]);
+    assert_eq!(rig.totals(), (4, 40, 2), "the block is as it was");
+    function(Function::Reallocf, [0x1000, 10, 0]);
+    assert_eq!(rig.totals(), (5, 50, 3));
+    fakes::fail(false);
+}
+
+/// Check that a sampled block is another after an xallocx that has moved nothing.
+#[test]
+fn resized_in_place() {
+    let rig = fakes::rig_with_gaps(&[1, 1, 1, 1 << 40]);
+    let block = rig.malloc(10);
+    assert_eq!(rig.set(), [block]);
+    assert_eq!(call(rig.function(Function::Xallocx), [block, 100, 0]), 107);
+    assert_eq!(rig.set(), [block]);
+    fakes::fail(true);
+    assert_eq!(call(rig.function(Function::Xallocx), [block, 100, 0]), 50);
+    fakes::fail(false);
+    assert_eq!(rig.set(), [block], "it is back");
+    rig.free(block);
+    assert_eq!(rig.set(), [0; 0]);
+    hits();
 }
 
 /// Check that an allocator calling itself is one call: calloc by malloc, realloc by

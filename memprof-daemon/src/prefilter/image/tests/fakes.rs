@@ -65,6 +65,19 @@ extern "C" fn realloc(old: u64, size: u64) -> u64 {
     }
 }
 
+extern "C" fn reallocf(_: u64, size: u64) -> u64 {
+    if size == 0 { 0 } else { hand_out() }
+}
+
+extern "C" fn heap_realloc(_: u64, old: u64, size: u64) -> u64 {
+    realloc(old, size)
+}
+
+/// Has grown, or has half of what is asked for.
+extern "C" fn xallocx(_: u64, size: u64) -> u64 {
+    if FAILS.get() { size / 2 } else { size + 7 }
+}
+
 extern "C" fn posix_memalign(out: &mut u64) -> u64 {
     // An int: the upper half of the register is anything.
     let upper = 0xdead_beef_0000_0000;
@@ -85,6 +98,9 @@ pub(super) fn all() -> Vec<(Function, usize)> {
             let rust = match function {
                 Function::Calloc => calloc as *const (),
                 Function::Realloc | Function::Reallocarray => realloc as *const (),
+                Function::Reallocf => reallocf as *const (),
+                Function::HeapRealloc | Function::HeapReallocn => heap_realloc as *const (),
+                Function::Xallocx => xallocx as *const (),
                 Function::PosixMemalign => posix_memalign as *const (),
                 _ if function.is_free() => free as *const (),
                 _ => plain as *const (),

@@ -23,6 +23,7 @@ struct Registers {
 }
 
 const RAX: usize = 0;
+const RCX: usize = 1;
 const RDX: usize = 2;
 const RBX: usize = 3;
 const RSP: usize = 4;
@@ -258,13 +259,22 @@ fn prepare(rig: &Rig, way: Way, function: Function, out_at: u64) -> Registers {
     let mut enter = pattern(1);
     let size = 1000;
     match function {
-        Function::Malloc | Function::Valloc | Function::Pvalloc => enter.general[RDI] = size,
+        Function::Malloc | Function::Mallocx | Function::Valloc | Function::Pvalloc => {
+            enter.general[RDI] = size;
+        }
         Function::Calloc => enter.general[RDI] = 3,
         Function::PosixMemalign => enter.general[RDI] = out_at,
         _ => {}
     }
     match function {
-        Function::Reallocarray => enter.general[RDX] = 5,
+        Function::Reallocarray
+        | Function::HeapCalloc
+        | Function::HeapRealloc
+        | Function::HeapReallocf => enter.general[RDX] = 5,
+        Function::HeapReallocn => {
+            enter.general[RDX] = 5;
+            enter.general[RCX] = 7;
+        }
         Function::PosixMemalign => enter.general[RDX] = size,
         _ => {}
     }
@@ -284,8 +294,12 @@ fn prepare(rig: &Rig, way: Way, function: Function, out_at: u64) -> Registers {
             // The record of the fake malloc says which address.
             rig.fill(&[(1, 1), (1, 1), (1 << 40, 1)]);
             let block = rig.malloc(1);
-            if function != Function::PosixMemalign && takes_block(function) {
-                enter.general[RDI] = block;
+            match function {
+                Function::HeapRealloc | Function::HeapReallocn | Function::HeapReallocf => {
+                    enter.general[RSI] = block;
+                }
+                _ if takes_block(function) => enter.general[RDI] = block,
+                _ => {}
             }
         }
     }
@@ -294,7 +308,7 @@ fn prepare(rig: &Rig, way: Way, function: Function, out_at: u64) -> Registers {
 }
 
 fn takes_block(function: Function) -> bool {
-    function.is_free() || matches!(function, Function::Realloc | Function::Reallocarray)
+    function.is_free() || function.reallocates()
 }
 
 /// What the real function leaves: success, with another address for each.
@@ -354,7 +368,7 @@ fn check(
 /// frame's end is the caller's stack pointer: what an unwinder needs.
 #[test]
 fn the_caller_is_seen_at_the_site() {
-    let rig = fakes::rig_with_gaps(&[1; 20]);
+    let rig = fakes::rig_with_gaps(&[1; 40]);
     let mut out = 0_u64;
     let out_at = std::ptr::from_mut(&mut out).expose_provenance() as u64;
     for &function in Function::ALL {
@@ -362,13 +376,15 @@ fn the_caller_is_seen_at_the_site() {
             continue;
         }
         let mut enter = pattern(1);
-        enter.general[RDI] = if function == Function::PosixMemalign {
-            out_at
-        } else {
-            1
+        enter.general[RDI] = match function {
+            Function::PosixMemalign => out_at,
+            // It hands out what it is given.
+            Function::Xallocx => 0x7000,
+            _ => 1,
         };
         enter.general[RSI] = 2;
         enter.general[RDX] = 3;
+        enter.general[RCX] = 4;
         let mut after = pattern(9);
         // SAFETY: the function is a fake one.
         unsafe { memprof_test_call(&raw const enter, &raw mut after, rig.function(function)) };

@@ -82,6 +82,7 @@ impl Rig {
             let displaced = displace(bytes, at as u64).unwrap();
             hooks.push(Hook {
                 function: *function,
+                symbol: function.symbol(),
                 entry: displaced.address,
                 displaced,
             });

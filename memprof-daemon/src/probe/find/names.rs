@@ -1,0 +1,329 @@
+//! The names that allocators give their functions, and where in a file's names they stand.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    sync::LazyLock,
+};
+
+use memprof_common::function::Function;
+
+use super::{CHUNK_BYTES, for_each_chunk};
+use crate::process::elf::{ElfError, SymbolTable};
+
+/// How often names that are looked for may stand in a table: each name that another ends
+/// with counts (`free` in `x_free`), and large libraries have thousands of those. A hostile
+/// file could name the same function over and over.
+pub(super) const MAX_NAMES: usize = 1 << 16;
+
+/// A variable that glibc's dynamic loader defines, and nobody else.
+const LOADER_MARK: &str = "_rtld_global";
+
+/// Whose names they are: an allocator has an allocating and a freeing function of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Family {
+    /// The C library's, whoever defines them.
+    Plain,
+    /// jemalloc with the prefix `je_`.
+    Je,
+    /// jemalloc in Rust programs, `_rjem_`.
+    Rjem,
+    /// gperftools' `tc_`.
+    Tc,
+    /// mimalloc's `mi_`.
+    Mi,
+}
+
+impl Family {
+    pub(super) const ALL: [Self; 5] = [Self::Plain, Self::Je, Self::Rjem, Self::Tc, Self::Mi];
+
+    /// Whether a name of it means that function also where no other file sees it: programs
+    /// have functions of their own that are called `malloc`, and none called `mi_malloc`.
+    pub(super) const fn is_distinct(self) -> bool {
+        !matches!(self, Self::Plain)
+    }
+}
+
+/// A function that is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub(super) symbol: &'static str,
+    pub(super) function: Function,
+    pub(super) family: Family,
+}
+
+macro_rules! known {
+    ($family:ident, $prefix:literal: $($name:literal $function:ident,)*) => {
+        [$(Known {
+            symbol: concat!($prefix, $name),
+            function: Function::$function,
+            family: Family::$family,
+        },)*]
+    };
+}
+
+/// jemalloc's own, beside those of the C library.
+macro_rules! extended_jemalloc {
+    ($family:ident, $prefix:literal) => {
+        known! { $family, $prefix:
+            "mallocx" Mallocx,
+            "rallocx" Realloc,
+            "xallocx" Xallocx,
+            "dallocx" Free,
+            "sdallocx" FreeSized,
+        }
+    };
+}
+
+/// Those of the C library with a prefix. Its `malloc` calls no other: it is jemalloc's.
+macro_rules! prefixed_jemalloc {
+    ($family:ident, $prefix:literal) => {
+        known! { $family, $prefix:
+            "malloc" Mallocx,
+            "calloc" Calloc,
+            "realloc" Realloc,
+            "posix_memalign" PosixMemalign,
+            "aligned_alloc" AlignedAlloc,
+            "memalign" Memalign,
+            "valloc" Valloc,
+            "pvalloc" Pvalloc,
+            "free" Free,
+            "free_sized" FreeSized,
+            "free_aligned_sized" FreeAlignedSized,
+        }
+    };
+}
+
+/// Sites that share an address are given to the first of these.
+static PLAIN: [Known; 14] = known! { Plain, "":
+    "malloc" Malloc,
+    "calloc" Calloc,
+    "realloc" Realloc,
+    "reallocarray" Reallocarray,
+    "posix_memalign" PosixMemalign,
+    "aligned_alloc" AlignedAlloc,
+    "memalign" Memalign,
+    "valloc" Valloc,
+    "pvalloc" Pvalloc,
+    "free" Free,
+    "cfree" Cfree,
+    "free_sized" FreeSized,
+    "free_aligned_sized" FreeAlignedSized,
+    "reallocf" Reallocf,
+};
+static JEMALLOC: [Known; 5] = extended_jemalloc!(Plain, "");
+static JE: [Known; 11] = prefixed_jemalloc!(Je, "je_");
+static JE_EXTENDED: [Known; 5] = extended_jemalloc!(Je, "je_");
+static RJEM: [Known; 11] = prefixed_jemalloc!(Rjem, "_rjem_");
+static RJEM_EXTENDED: [Known; 5] = extended_jemalloc!(Rjem, "_rjem_");
+static TCMALLOC: [Known; 11] = known! { Tc, "tc_":
+    "malloc" Valloc,
+    "malloc_skip_new_handler" Valloc,
+    "calloc" Calloc,
+    "realloc" Realloc,
+    "posix_memalign" PosixMemalign,
+    "memalign" Memalign,
+    "valloc" Valloc,
+    "pvalloc" Pvalloc,
+    "free" Free,
+    "cfree" Cfree,
+    "free_sized" FreeSized,
+};
+/// mimalloc's take the size first, then an alignment, then an offset. `mi_cfree` is none: it
+/// calls `mi_free`, if the block is mimalloc's.
+static MIMALLOC: [Known; 63] = known! { Mi, "mi_":
+    "malloc" Valloc,
+    "malloc_small" Valloc,
+    "zalloc" Valloc,
+    "zalloc_small" Valloc,
+    "malloc_aligned" Valloc,
+    "malloc_aligned_at" Valloc,
+    "zalloc_aligned" Valloc,
+    "zalloc_aligned_at" Valloc,
+    "valloc" Valloc,
+    "pvalloc" Pvalloc,
+    "calloc" Calloc,
+    "mallocn" Calloc,
+    "calloc_aligned" Calloc,
+    "calloc_aligned_at" Calloc,
+    "posix_memalign" PosixMemalign,
+    "aligned_alloc" AlignedAlloc,
+    "memalign" Memalign,
+    "realloc" Realloc,
+    "reallocf" Reallocf,
+    "rezalloc" Realloc,
+    "expand" Realloc,
+    "realloc_aligned" Realloc,
+    "realloc_aligned_at" Realloc,
+    "rezalloc_aligned" Realloc,
+    "rezalloc_aligned_at" Realloc,
+    "reallocn" Reallocarray,
+    "reallocarray" Reallocarray,
+    "recalloc" Reallocarray,
+    "recalloc_aligned" Reallocarray,
+    "recalloc_aligned_at" Reallocarray,
+    "aligned_recalloc" Reallocarray,
+    "aligned_offset_recalloc" Reallocarray,
+    "free" Free,
+    "free_size" FreeSized,
+    "free_size_aligned" FreeAlignedSized,
+    "free_aligned" FreeSized,
+    // The heap comes first: for the size, that is as with an alignment.
+    "heap_malloc" Memalign,
+    "heap_malloc_small" Memalign,
+    "heap_zalloc" Memalign,
+    "heap_zalloc_small" Memalign,
+    "heap_malloc_aligned" Memalign,
+    "heap_malloc_aligned_at" Memalign,
+    "heap_zalloc_aligned" Memalign,
+    "heap_zalloc_aligned_at" Memalign,
+    "heap_calloc" HeapCalloc,
+    "heap_mallocn" HeapCalloc,
+    "heap_calloc_aligned" HeapCalloc,
+    "heap_calloc_aligned_at" HeapCalloc,
+    "heap_realloc" HeapRealloc,
+    "heap_reallocf" HeapReallocf,
+    "heap_rezalloc" HeapRealloc,
+    "heap_realloc_aligned" HeapRealloc,
+    "heap_realloc_aligned_at" HeapRealloc,
+    "heap_rezalloc_aligned" HeapRealloc,
+    "heap_rezalloc_aligned_at" HeapRealloc,
+    "heap_reallocn" HeapReallocn,
+    "heap_recalloc" HeapReallocn,
+    "heap_recalloc_aligned" HeapReallocn,
+    "heap_recalloc_aligned_at" HeapReallocn,
+    "theap_malloc" Memalign,
+    "theap_zalloc" Memalign,
+    "theap_calloc" HeapCalloc,
+    "theap_realloc" HeapRealloc,
+};
+
+/// Every function that is looked for.
+static KNOWN: LazyLock<Vec<Known>> = LazyLock::new(|| {
+    [
+        PLAIN.as_slice(),
+        &JEMALLOC,
+        &JE,
+        &JE_EXTENDED,
+        &RJEM,
+        &RJEM_EXTENDED,
+        &TCMALLOC,
+        &MIMALLOC,
+    ]
+    .concat()
+});
+
+/// Every function that is looked for, in the order in which sites that share an address are
+/// given to one of them.
+pub(super) fn known() -> &'static [Known] {
+    &KNOWN
+}
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Name {
+    /// A place in [`known`].
+    Function(usize),
+    LoaderMark,
+}
+
+/// Bytes at the end of a name by which it is looked up; no name is shorter.
+const ENDING_BYTES: usize = 4;
+
+/// Names by their ends: a table of a large program has a million others.
+type Endings = BTreeMap<[u8; ENDING_BYTES], Vec<(&'static [u8], Name)>>;
+
+static ENDINGS: LazyLock<Endings> = LazyLock::new(|| {
+    let mut endings = Endings::new();
+    let functions = known().iter().enumerate();
+    let functions = functions.map(|(order, known)| (known.symbol, Name::Function(order)));
+    for (name, what) in functions.chain([(LOADER_MARK, Name::LoaderMark)]) {
+        if let Some(ending) = name.as_bytes().last_chunk() {
+            endings
+                .entry(*ending)
+                .or_default()
+                .push((name.as_bytes(), what));
+        }
+    }
+    endings
+});
+
+/// Where in the names of `table` those stand that are looked for.
+///
+/// Linkers let a name stand at the end of a longer one (`malloc` in `xmalloc`),
+/// so each place counts at which the rest up to the zero is the name. Looking
+/// for names first, and by number in the symbols, takes constant memory,
+/// whatever the size of the tables.
+pub(super) fn find_names(file: &File, table: &SymbolTable) -> Result<HashMap<u32, Name>, ElfError> {
+    let all = ENDINGS.values().flatten();
+    let longest = all.map(|(name, _)| name.len()).max().unwrap_or(0);
+
+    let mut names = HashMap::new();
+    let mut window: Vec<u8> = Vec::new();
+    let mut window_start = 0_u64;
+    for_each_chunk(
+        file,
+        table.names_offset,
+        table.names_size,
+        CHUNK_BYTES,
+        |chunk| {
+            window.extend_from_slice(chunk);
+            for (end, _) in window.iter().enumerate().filter(|&(_, &byte)| byte == 0) {
+                let before = window.get(..end).unwrap_or_default();
+                let ending = before.last_chunk().and_then(|ending| ENDINGS.get(ending));
+                for &(name, what) in ending.into_iter().flatten() {
+                    if names.len() <= MAX_NAMES && before.ends_with(name) {
+                        let start = window_start + (end - name.len()) as u64;
+                        names.extend(u32::try_from(start).ok().map(|start| (start, what)));
+                    }
+                }
+            }
+            // A name may go on in the next chunk.
+            let done = window.len().saturating_sub(longest);
+            window.drain(..done);
+            window_start += done as u64;
+        },
+    )?;
+    if names.len() > MAX_NAMES {
+        return Err(ElfError::Malformed("the same names too often"));
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// Check that no name stands for two functions, that each can be looked up by its end,
+    /// and that the C library's functions have the names that their codes have.
+    #[test]
+    fn names_are_unique() {
+        let names: HashSet<_> = known().iter().map(|known| known.symbol).collect();
+        assert_eq!(names.len(), known().len());
+        assert_eq!(ENDINGS.values().flatten().count(), known().len() + 1);
+        let plain = || {
+            known()
+                .iter()
+                .filter(|known| known.family == Family::Plain)
+                .map(|known| known.symbol)
+        };
+        for known in &PLAIN {
+            assert_eq!(known.symbol, known.function.symbol());
+        }
+        for family in Family::ALL {
+            let of_it = || known().iter().filter(|known| known.family == family);
+            assert!(of_it().any(|known| known.function.is_free()), "{family:?}");
+            assert!(of_it().any(|known| !known.function.is_free()), "{family:?}");
+        }
+        // What jemalloc has with a prefix, it has without.
+        for known in JE.iter().chain(&RJEM_EXTENDED) {
+            let name = known
+                .symbol
+                .trim_start_matches("je_")
+                .trim_start_matches("_rjem_");
+            assert!(plain().any(|plain| plain == name), "{name}");
+        }
+    }
+}
