@@ -152,7 +152,10 @@ fn scratch_offset() -> isize {
     })
 }
 
-fn nanoseconds(way: fn(&[Shard]), shards: &[Shard]) -> f64 {
+/// Counts calls.
+type Way = fn(&[Shard]);
+
+fn nanoseconds(way: Way, shards: &[Shard]) -> f64 {
     let start = Instant::now();
     way(black_box(shards));
     start.elapsed().as_secs_f64() * 1e9 / CALLS as f64
@@ -173,7 +176,7 @@ fn what_ways_to_a_shard_cost() {
     for shard in &shards {
         shard.owner.store(super::rig::thread_pointer(), Relaxed);
     }
-    let ways: [(&str, fn(&[Shard])); 6] = [
+    let ways: [(&str, Way); 6] = [
         ("by thread", by_thread),
         ("by stack address, atomic", by_stack),
         ("by rdpid, atomic", by_rdpid),
