@@ -5,6 +5,7 @@ use std::{fmt::Write as _, process::ExitCode};
 use clap::Args;
 
 use crate::{
+    golang::{self, FoundGo},
     prefilter::{
         check::{check, require_untraced},
         leftover,
@@ -57,15 +58,46 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         let info = ProcessInfo::read(pid)?;
         check_machine(pid)?;
         let mappings = read_mappings(pid, &files)?;
-        let modules = finder.find_all(pid, &mappings)?;
-        print!("\n{}", sites(pid, &info.comm, &modules));
-        println!("{}", engine(pid, &info.comm, &mappings, &modules));
+        let go = golang::find(pid, &mappings);
+        match finder.find_all(pid, &mappings) {
+            Ok(modules) => {
+                print!("\n{}", sites(pid, &info.comm, &modules));
+                println!("{}", engine(pid, &info.comm, &mappings, &modules));
+            }
+            Err(error) if go.is_none() => return Err(error.into()),
+            // A Go program has no malloc, unless it uses cgo.
+            Err(_) => println!(),
+        }
+        if let Some(found) = go {
+            println!("{}", go_runtime(pid, &info.comm, &found));
+        }
     }
     Ok(if met {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(super::FAILURE)
     })
+}
+
+/// What can be had of a Go program's own heap profile.
+fn go_runtime(pid: u32, comm: &str, found: &FoundGo) -> String {
+    match found {
+        Ok((source, Some(reading))) => {
+            let version = source.program().version();
+            let buckets = reading.counts.len();
+            let took = reading.took.as_secs_f64() * 1e3;
+            format!(
+                "pid {pid} ({comm}): go runtime: the heap profile of {version}, one sample every \
+                 {} B, is read: {buckets} buckets in {took:.1} ms",
+                reading.rate_bytes
+            )
+        }
+        Ok((source, None)) => {
+            let version = source.program().version();
+            format!("pid {pid} ({comm}): go runtime: {version} has not begun to run")
+        }
+        Err(error) => format!("pid {pid} ({comm}): go runtime: not profiled: {error}"),
+    }
 }
 
 /// Which engine it would get, as far as that can be told without stopping it.

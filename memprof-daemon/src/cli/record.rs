@@ -191,13 +191,19 @@ async fn attach_all(
 
 /// Says what is being traced. Scripts wait for this line.
 pub(super) fn announce(attached: &Attached) {
-    eprintln!(
-        "memprof: recording pid {} ({}): {} probe sites in {}",
-        attached.pid,
-        attached.comm,
-        attached.sites,
-        attached.modules.join(", ")
-    );
+    let Attached { pid, comm, .. } = attached;
+    if let Some(version) = &attached.go {
+        eprintln!(
+            "memprof: recording pid {pid} ({comm}): the heap profile of its Go runtime, {version}"
+        );
+    }
+    if attached.sites > 0 || attached.go.is_none() {
+        eprintln!(
+            "memprof: recording pid {pid} ({comm}): {} probe sites in {}",
+            attached.sites,
+            attached.modules.join(", ")
+        );
+    }
 }
 
 /// Starts the command, traced from its first allocation.

@@ -13,6 +13,7 @@ use serde::{Serialize, Serializer};
 
 use self::frames::{Frames, Written};
 use crate::export::{
+    go::GoObject,
     numbers::{Numbers, by_inuse},
     profile::{Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
     totals::{CallTotals, SizeClass},
@@ -112,9 +113,11 @@ struct Processes<'a>(&'a Profile);
 
 impl Serialize for Processes<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let interval = self.0.coarsest_interval_bytes;
         let processes = self.0.processes.iter();
-        serializer.collect_seq(processes.map(|process| Process::new(process, interval)))
+        serializer.collect_seq(processes.map(|process| {
+            let interval = self.0.coarsest_interval_of(process);
+            Process::new(process, interval)
+        }))
     }
 }
 
@@ -129,6 +132,10 @@ struct Process<'a> {
     exited: bool,
     engine: &'static str,
     engine_reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    go: Option<GoObject<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    go_refusal: Option<&'a str>,
     traced_s: f64,
     memory: Option<Memory>,
     totals: Option<CallTotals>,
@@ -159,6 +166,8 @@ impl<'a> Process<'a> {
             exited: process.exited,
             engine: process.engine.name(),
             engine_reason: process.engine.reason(),
+            go: process.go.as_ref().map(GoObject::from),
+            go_refusal: process.go_refusal.as_deref(),
             traced_s: seconds(process.traced),
             memory: process.memory.map(|memory| Memory {
                 rss_bytes: memory.rss_bytes,

@@ -2,6 +2,7 @@
 //! from a [`Profile`] to a writer.
 
 pub mod folded;
+mod go;
 pub mod http;
 pub mod json;
 mod line;

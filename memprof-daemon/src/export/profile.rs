@@ -37,6 +37,22 @@ pub struct Profile {
     pub processes: Vec<ProcessProfile>,
 }
 
+impl Profile {
+    /// The mean sampling gap of a process's allocations at present.
+    #[must_use]
+    pub fn interval_of(&self, process: &ProcessProfile) -> u64 {
+        let go = process.go.as_ref();
+        go.map_or(self.sample_interval_bytes, |go| go.interval_bytes)
+    }
+
+    /// The largest that was ever in force.
+    #[must_use]
+    pub fn coarsest_interval_of(&self, process: &ProcessProfile) -> u64 {
+        let go = process.go.as_ref();
+        go.map_or(self.coarsest_interval_bytes, |go| go.interval_bytes)
+    }
+}
+
 /// The probes in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProbeInfo {
@@ -68,6 +84,8 @@ pub struct ProbeSite {
 pub enum Engine {
     /// Code in the process decides, and probes meet samples alone.
     Prefilter,
+    /// They are not: the Go runtime samples allocations itself.
+    GoRuntime,
     /// Probes meet every call, ...
     #[default]
     Uprobe,
@@ -82,6 +100,7 @@ impl Engine {
         match self {
             Self::Prefilter => "prefilter",
             Self::Uprobe | Self::UprobeSince(_) => "uprobe",
+            Self::GoRuntime => "go runtime",
         }
     }
 
@@ -90,7 +109,7 @@ impl Engine {
     pub fn reason(&self) -> Option<&str> {
         match self {
             Self::UprobeSince(reason) => Some(reason),
-            Self::Prefilter | Self::Uprobe => None,
+            Self::Prefilter | Self::Uprobe | Self::GoRuntime => None,
         }
     }
 }
@@ -121,8 +140,37 @@ pub struct ProcessProfile {
     pub traced: Duration,
     /// All of its calls, counted exactly; none if they are not known.
     pub totals: Option<ExactTotals>,
+    /// What is told of a Go program whose own profile this is.
+    pub go: Option<GoFacts>,
+    /// Why there is no such profile beside this one, of a Go program.
+    pub go_refusal: Option<String>,
     /// Its stacks.
     pub stacks: Vec<StackProfile>,
+}
+
+/// What is told of a Go program's own profile.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GoFacts {
+    /// The version of Go that built it.
+    pub version: String,
+    /// Its `runtime.MemProfileRate`: 0 if it has turned profiling off; none if it has not
+    /// begun.
+    pub rate_bytes: Option<u64>,
+    /// That was another before, while memprof looked.
+    pub rate_changed: bool,
+    /// The mean sampling gap that the numbers are estimated with.
+    pub interval_bytes: u64,
+    /// How long the profile was read before the counters were, or before the end; none if it
+    /// never was.
+    pub age: Option<Duration>,
+    /// A garbage collection has ended, so that what was freed by then is known.
+    pub has_collected: bool,
+    /// All of its history is in it, also from before memprof looked.
+    pub is_since_start: bool,
+    /// No count changed while it was read.
+    pub is_settled: bool,
+    /// Why the last try to read it has failed, if it has.
+    pub failure: Option<String>,
 }
 
 /// One stack and its numbers.

@@ -133,6 +133,8 @@ pub(crate) fn profile() -> Profile {
                 traced: Duration::from_millis(30_042),
                 totals: Some(totals()),
                 losses: BTreeMap::from([("alloc_ring_full", 12), ("live_map_full", 0)]),
+                go: None,
+                go_refusal: None,
                 stacks,
             },
             ProcessProfile {
@@ -150,6 +152,8 @@ pub(crate) fn profile() -> Profile {
                 traced: Duration::from_millis(12),
                 totals: None,
                 losses: BTreeMap::new(),
+                go: None,
+                go_refusal: None,
                 stacks: vec![stack(
                     leak(&other_program),
                     [2.0, 200.0, 1.0, 100.0],

@@ -44,6 +44,7 @@ use std::{
     ptr,
 };
 
+pub(super) use header::duration;
 use terminal::{Style, printable};
 
 use crate::export::{
@@ -166,11 +167,11 @@ struct Report<'a, W> {
 
 impl<W: Write> Report<'_, W> {
     fn process(&mut self, process: &ProcessProfile) -> io::Result<()> {
-        let total = Numbers::of_process(process, self.profile.coarsest_interval_bytes);
+        let total = Numbers::of_process(process, self.profile.coarsest_interval_of(process));
         self.header(process, &total)?;
         self.losses(process)?;
         if total.samples == 0 && total.live_samples == 0 {
-            return self.nothing_sampled();
+            return self.nothing_sampled(process);
         }
         let inuse = by_inuse(process);
         self.table(Table::InUse, &inuse, &total, &[])?;

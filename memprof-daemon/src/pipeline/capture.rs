@@ -6,12 +6,18 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use memprof_common::unwind::walk::StackEnd;
+
 use crate::{
-    address::{AbsAddr, FileOffset},
+    address::{AbsAddr, FileOffset, FrameAddress},
     export::{
-        profile::{Engine, ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile},
+        profile::{
+            Engine, GoFacts, ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile,
+        },
         totals::ExactTotals,
     },
+    golang::{Bucket, GoSource, Named, NamedStack},
+    ledger::{StackCounters, StackTrace},
     process::{
         info::ProcessInfo,
         mapping::MappingTable,
@@ -69,6 +75,21 @@ pub struct ImageCapture {
     pub perf_map: Option<Arc<PerfMap>>,
     /// Its counters.
     pub groups: Vec<StackGroup>,
+    /// The counters of a Go program's own profile, which this is then.
+    pub(super) go: Option<GoCapture>,
+    /// Why there is none beside it.
+    pub go_refusal: Option<String>,
+}
+
+/// A Go program's own profile in a [`Capture`].
+#[derive(Clone, Debug)]
+pub(super) struct GoCapture {
+    /// Who names its stacks.
+    pub(super) source: Arc<GoSource>,
+    /// What is told of it.
+    pub(super) facts: GoFacts,
+    /// Its counters, by stack and size.
+    pub(super) stacks: Vec<(Arc<Bucket>, StackCounters)>,
 }
 
 impl Capture {
@@ -116,7 +137,17 @@ impl Capture {
                     }
                 }));
             }
-            image.losses.insert("broken_stacks", broken_samples);
+            let mut go_facts = None;
+            if let Some(go) = image.go {
+                let (named, failure) = name_go(go.source, &go.stacks, first, symbolizer).await?;
+                go_facts = Some(GoFacts {
+                    failure: go.facts.failure.clone().or(failure),
+                    ..go.facts
+                });
+                stacks = named;
+            } else {
+                image.losses.insert("broken_stacks", broken_samples);
+            }
             processes.push(ProcessProfile {
                 pid: image.info.pid,
                 comm: image.info.comm,
@@ -129,6 +160,8 @@ impl Capture {
                 traced: image.traced,
                 totals: image.totals,
                 losses: image.losses,
+                go: go_facts,
+                go_refusal: image.go_refusal,
                 stacks: add_up(stacks),
             });
         }
@@ -145,6 +178,72 @@ impl Capture {
             processes,
         })
     }
+}
+
+/// Names the stacks of a Go program: its own code by its own tables, and the rest, such as a C
+/// library's, as any program's. If its tables cannot be read, all of it, and why.
+async fn name_go(
+    source: Arc<GoSource>,
+    stacks: &[(Arc<Bucket>, StackCounters)],
+    mappings: Arc<NamedMappings>,
+    symbolizer: &SymbolizeHandle,
+) -> Result<(Vec<StackProfile>, Option<String>), SymbolizeError> {
+    let buckets: Vec<_> = stacks
+        .iter()
+        .map(|(bucket, _)| Arc::clone(bucket))
+        .collect();
+    let (named, failure) = {
+        let (buckets, mappings) = (buckets.clone(), Arc::clone(&mappings));
+        let names = move || source.names(&buckets, &*mappings);
+        match tokio::task::spawn_blocking(names).await {
+            Ok(Ok(named)) => (named, None),
+            Ok(Err(error)) => (Vec::new(), Some(error.to_string())),
+            Err(_) => return Err(SymbolizeError::Failed),
+        }
+    };
+    let named = if failure.is_none() {
+        named
+    } else {
+        let unnamed = buckets.iter().map(|bucket| NamedStack::unnamed(bucket));
+        unnamed.collect()
+    };
+    let mut others: Vec<AbsAddr> = named.iter().flat_map(NamedStack::others).collect();
+    others.sort_unstable();
+    others.dedup();
+    let traces = others.iter().map(|&address| {
+        Arc::new(StackTrace {
+            frames: vec![FrameAddress(address)],
+            end: StackEnd::Complete,
+            by_frame_pointer: false,
+        })
+    });
+    let frames = symbolizer.symbolize(traces.collect(), mappings).await?;
+    let others: HashMap<AbsAddr, Arc<Frame>> = others
+        .into_iter()
+        .zip(frames)
+        .filter_map(|(address, frames)| Some((address, frames.into_iter().next()?)))
+        .collect();
+    let stacks = stacks
+        .iter()
+        .zip(named)
+        .map(|((_, counters), named)| StackProfile {
+            counters: *counters,
+            end: if named.is_cut {
+                StackEnd::Truncated
+            } else {
+                StackEnd::Complete
+            },
+            by_frame_pointer: false,
+            frames: named
+                .frames
+                .into_iter()
+                .filter_map(|frame| match frame {
+                    Named::Frame(frame) => Some(frame),
+                    Named::Other(address) => others.get(&address).cloned(),
+                })
+                .collect(),
+        });
+    Ok((stacks.collect(), failure))
 }
 
 /// Where a frame is: its place in a file, wherever that was mapped.

@@ -10,6 +10,7 @@ use super::{
     target::TargetError,
 };
 use crate::{
+    golang::{self, FoundGo},
     prefilter::{error::DetachError, leftover, tracer::with_tracer},
     probe::find::{AllocatorModule, Finder},
     process::{
@@ -38,6 +39,8 @@ pub(super) struct Scan {
     /// When they were read, or a little earlier.
     pub(super) read_ns: u64,
     pub(super) modules: Vec<AllocatorModule>,
+    /// The Go program that it is, if it is one.
+    pub(super) go: Option<FoundGo>,
     pub(super) exit: ExitWatch,
     /// The unwind tables of its files, by (device, inode).
     pub(super) tables: Vec<((u64, u64), FileTable)>,
@@ -90,11 +93,25 @@ impl Scanner {
     ///
     /// # Errors
     ///
-    /// [`TargetError`]: it is gone, cannot be traced, or has no allocator; or there is a
+    /// [`TargetError`]: it is gone, cannot be traced, or has neither an allocator nor a Go
+    /// heap; or there is a
     /// prefilter in it that must not be taken out, or cannot be within `clear`.
     pub(super) fn scan(&self, pid: u32, clear: Option<Duration>) -> Result<Scan, TargetError> {
         clear_leftover(pid, clear)?;
-        let scan = self.read(pid, |mappings| Ok(self.finder.find_all(pid, mappings)?))?;
+        let scan = self.read(pid, |mappings, go| {
+            let error = match self.finder.find_all(pid, mappings) {
+                Ok(modules) => return Ok(modules),
+                Err(error) => error,
+            };
+            match go.take() {
+                Some(Ok(found)) => {
+                    *go = Some(Ok(found));
+                    Ok(Vec::new())
+                }
+                Some(Err(error)) => Err(TargetError::Go { pid, error }),
+                None => Err(error.into()),
+            }
+        })?;
         // Alive after all was read: so all of it is this process's. Unable to
         // tell is as good as alive; attaching will tell.
         if !scan.exit.is_alive().unwrap_or(true) {
@@ -110,7 +127,7 @@ impl Scanner {
     ///
     /// As for [`Self::scan`].
     pub(super) fn rescan(&self, pid: u32) -> Result<Scan, TargetError> {
-        self.read(pid, |mappings| {
+        self.read(pid, |mappings, _| {
             Ok(mappings
                 .files()
                 .iter()
@@ -122,7 +139,10 @@ impl Scanner {
     fn read(
         &self,
         pid: u32,
-        find: impl FnOnce(&MappingTable) -> Result<Vec<AllocatorModule>, TargetError>,
+        find: impl FnOnce(
+            &MappingTable,
+            &mut Option<FoundGo>,
+        ) -> Result<Vec<AllocatorModule>, TargetError>,
     ) -> Result<Scan, TargetError> {
         // The watch first: from then on the pid cannot become another's
         // without the watch noticing.
@@ -131,7 +151,8 @@ impl Scanner {
         check_machine(pid)?;
         let read_ns = monotonic_ns();
         let mappings = read_mappings(pid, &self.files)?;
-        let modules = find(&mappings)?;
+        let mut go = golang::find(pid, &mappings);
+        let modules = find(&mappings, &mut go)?;
         let tables = mappings
             .files()
             .iter()
@@ -142,6 +163,7 @@ impl Scanner {
             mappings,
             read_ns,
             modules,
+            go,
             exit,
             tables,
         })

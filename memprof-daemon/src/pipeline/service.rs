@@ -82,6 +82,7 @@ fn unfit(error: TargetError) -> BackendError {
         TargetError::Stopped => BackendError::Ended,
         TargetError::Process(_)
         | TargetError::Find(_)
+        | TargetError::Go { .. }
         | TargetError::Attach(_)
         | TargetError::Prefilter(_)
         | TargetError::Leftover { .. }

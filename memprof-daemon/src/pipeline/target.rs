@@ -18,12 +18,14 @@ use super::{
     install::Holder,
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
+    tracer::golang::{GoImage, GoTarget},
     tracer::prefilter::{Choice, StubLosses},
     tracer::targets::Leaving,
     versions::StackVersions,
 };
 use crate::{
     export::profile::{Engine, ProbeSite, ProcessMemory},
+    golang::GoError,
     ledger::EventTally,
     prefilter::{
         attach::StoppedTime,
@@ -51,6 +53,16 @@ pub enum TargetError {
     /// No allocator was found in it.
     #[error(transparent)]
     Find(#[from] FindError),
+    /// It is a Go program without `malloc`, and its own profile cannot be read.
+    #[error(
+        "pid {pid} has no malloc, being a Go program, and its Go heap cannot be profiled: {error}"
+    )]
+    Go {
+        /// The process.
+        pid: u32,
+        /// Why.
+        error: GoError,
+    },
     /// Its allocator could not be probed.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -105,6 +117,8 @@ pub struct Attached {
     pub pid: u32,
     /// Its name.
     pub comm: String,
+    /// The version of Go whose heap profile is read, if it is a Go program.
+    pub go: Option<String>,
     /// How many sites are probed.
     pub sites: usize,
     /// Modules that they are in.
@@ -133,6 +147,8 @@ pub(super) struct Image {
     pub(super) engine: Option<Engine>,
     /// What stubs in it could not do.
     pub(super) stub_losses: StubLosses,
+    /// The Go program that it is, if it is one.
+    pub(super) go: Option<GoImage>,
     /// Traced from here ...
     since: Instant,
     /// ... to here, once it has ended.
@@ -162,6 +178,7 @@ impl Image {
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
             engine: None,
             stub_losses: StubLosses::default(),
+            go: None,
             since: Instant::now(),
             until: None,
             losses_before,
@@ -401,6 +418,26 @@ impl Target {
             self.rescanned = Some(Instant::now());
         }
         may
+    }
+
+    /// The Go program that it is now, if it is one that is read.
+    fn go(&self) -> Option<&GoTarget> {
+        self.images.last()?.go.as_ref()?.target()
+    }
+
+    /// The version of Go that built it.
+    pub(super) fn go_version(&self) -> Option<String> {
+        Some(self.go()?.source().program().version().to_owned())
+    }
+
+    /// The files that its profiles come from: those that are probed, and a Go program's.
+    pub(super) fn modules_read(&self) -> Vec<String> {
+        let mut modules = self.modules.clone();
+        modules.extend(self.go().map(|go| {
+            let file = go.source().program().file();
+            file.path.to_string_lossy().into_owned()
+        }));
+        modules.into_iter().collect()
     }
 
     pub(super) fn current(&mut self) -> Option<&mut Image> {

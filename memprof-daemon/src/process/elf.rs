@@ -7,13 +7,14 @@
 
 mod build_id;
 mod fields;
+mod named;
 mod sections;
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
 use object::elf;
 
-pub use self::fields::Fields;
+pub use self::{fields::Fields, named::find_sections};
 use crate::address::{FileOffset, VirtOffset};
 
 /// Program headers beyond this number are an error: linkers write about a dozen.

@@ -64,11 +64,14 @@ impl<W: Write> Report<'_, W> {
             self.fact("in use", &inuse)?;
         }
         let allocated = format!(
-            "{}{} in {}, in {}",
+            "{}{} in {}, {}",
             units::bytes(total.alloc_bytes),
             range(total.alloc_bytes, total.alloc_bytes_ci95),
             units::counted(total.alloc_objects, "object"),
-            duration(profile.duration),
+            match &process.go {
+                Some(go) if go.is_since_start => "since its start".to_owned(),
+                _ => format!("in {}", duration(profile.duration)),
+            },
         );
         self.fact("allocated", &allocated)?;
         if let Some(totals) = &process.totals {
@@ -92,15 +95,16 @@ impl<W: Write> Report<'_, W> {
             self.fact("resident", &(resident + ")"))?;
         }
         let samples = units::counted(total.samples, "sample");
-        let now = match profile.sample_interval_bytes {
+        let (at_present, coarsest) = (
+            profile.interval_of(process),
+            profile.coarsest_interval_of(process),
+        );
+        let now = match at_present {
             0 => "none at present".to_owned(),
             1 => "every allocation at present".to_owned(),
             interval => format!("one every {} on average", units::bytes(interval)),
         };
-        match (
-            profile.sample_interval_bytes,
-            profile.coarsest_interval_bytes,
-        ) {
+        match (at_present, coarsest) {
             (0, 0) => self.fact("sampling", "off")?,
             (1, 0 | 1) => self.fact("exact", &format!("every allocation counted: {samples}"))?,
             _ => {
@@ -113,6 +117,18 @@ impl<W: Write> Report<'_, W> {
             None => process.engine.name().to_owned(),
         };
         self.fact("engine", &engine)?;
+        if let Some(go) = &process.go {
+            self.fact("go", &printable(&go.line(process.exited)))?;
+            for note in go.notes() {
+                self.fact("", &printable(&note))?;
+            }
+        }
+        if let Some(reason) = &process.go_refusal {
+            self.fact(
+                "go",
+                &format!("its Go heap is not here: {}", printable(reason)),
+            )?;
+        }
         let cgroup = &process.origin.cgroup;
         if let Some(container) = &cgroup.container {
             self.fact("container", &in_words(container))?;
@@ -138,7 +154,12 @@ impl<W: Write> Report<'_, W> {
         Ok(())
     }
 
-    pub(super) fn nothing_sampled(&mut self) -> io::Result<()> {
+    pub(super) fn nothing_sampled(&mut self, process: &ProcessProfile) -> io::Result<()> {
+        if process.go.is_some() {
+            let why = "Nothing was sampled: Go's runtime samples one allocation every\n\
+                       MemProfileRate bytes, and the program has made none of these.";
+            return writeln!(self.out, "\n{why}");
+        }
         let why = match self.profile.sample_interval_bytes {
             0 => "Nothing was sampled: sampling is off. Turn it on with -i 512KiB.".to_owned(),
             1 => "Nothing was allocated through the probed functions while it was recorded.\n\
@@ -228,7 +249,7 @@ fn most_asked_for(totals: &ExactTotals) -> String {
 }
 
 /// A duration as one says it: `30.0 s`, `5 min 12 s`, `3 h 2 min`.
-pub(super) fn duration(duration: Duration) -> String {
+pub(in crate::export) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
         0..60 => format!("{:.1} s", duration.as_secs_f64()),

@@ -1,7 +1,10 @@
 use std::time::Duration;
 
 use super::{header::duration, *};
-use crate::export::testing;
+use crate::export::{
+    profile::{Engine, GoFacts},
+    testing,
+};
 
 fn text(profile: &Profile, options: &Options) -> String {
     let mut out = Vec::new();
@@ -127,4 +130,63 @@ fn durations() {
     ] {
         assert_eq!(duration(Duration::from_secs_f64(seconds)), expected);
     }
+}
+
+/// Check what is said of a Go program: whose numbers these are, from when, and what is wrong
+/// with them.
+#[test]
+fn go_programs() {
+    let mut profile = testing::profile();
+    profile.processes.truncate(1);
+    let process = &mut profile.processes[0];
+    process.engine = Engine::GoRuntime;
+    process.totals = None;
+    let go = GoFacts {
+        version: "go1.19.8".to_owned(),
+        rate_bytes: Some(4096),
+        interval_bytes: 4096,
+        age: Some(Duration::from_millis(10)),
+        has_collected: true,
+        is_settled: true,
+        is_since_start: true,
+        ..GoFacts::default()
+    };
+    process.go = Some(go.clone());
+    let said = text(&profile, &Options::default());
+    for expected in [
+        "objects, since its start\n",
+        "samples, one every 4 KiB on average;",
+        "  engine      go runtime\n  go          go1.19.8, as of its last garbage collection\n",
+    ] {
+        assert!(said.contains(expected), "{expected:?}: {said}");
+    }
+
+    let process = &mut profile.processes[0];
+    process.exited = true;
+    process.go = Some(GoFacts {
+        rate_bytes: Some(0),
+        has_collected: false,
+        is_settled: false,
+        is_since_start: false,
+        failure: Some("it\x1bis gone".to_owned()),
+        ..go
+    });
+    let said = text(&profile, &Options::default());
+    for expected in [
+        "objects, in 30.0 s\n",
+        "go1.19.8, before its first garbage collection: nothing is known to be freed; \
+         read 0.0 s before its end\n",
+        "(MemProfileRate is 0); before, it was 4 KiB\n",
+        "counts changed while they were read",
+        "the last try to read it failed: it?is gone\n",
+    ] {
+        assert!(said.contains(expected), "{expected:?}: {said}");
+    }
+
+    let process = &mut profile.processes[0];
+    process.go = None;
+    process.go_refusal = Some("it is too new".to_owned());
+    let said = text(&profile, &Options::default());
+    let expected = "  go          its Go heap is not here: it is too new\n";
+    assert!(said.contains(expected), "{said}");
 }

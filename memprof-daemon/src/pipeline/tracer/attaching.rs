@@ -7,7 +7,7 @@ use memprof_common::{
 };
 use tracing::{info, warn};
 
-use super::{Command, Tracer, prefilter::Choice, random_seed};
+use super::{Command, Tracer, golang::GoImage, prefilter::Choice, random_seed};
 use crate::{
     export::profile::ProbeSite,
     pipeline::{
@@ -84,12 +84,17 @@ impl Tracer {
         let image = ImageId { pid, epoch: 0 };
         let pending = std::mem::take(&mut target.pending_mappings);
         target.tables.extend(scan.tables);
-        target.images.push(Image::new(
+        let mut first = Image::new(
             image,
             scan.info,
             CodeHistory::new(scan.mappings, scan.read_ns),
             [0; _],
-        ));
+        );
+        first.go = scan.go.map(GoImage::new);
+        if let Some(reason) = first.go.as_ref().and_then(GoImage::refusal) {
+            warn!(pid, reason, "its Go heap is not profiled");
+        }
+        target.images.push(first);
         for event in pending {
             self.map_file(&event);
         }
@@ -111,7 +116,22 @@ impl Tracer {
         if let Some(target) = self.targets.get_mut(&pid) {
             target.state = State::Attaching;
         }
+        if scan.modules.is_empty() {
+            // A Go program: there is nothing to probe.
+            return self.nothing_to_attach(pid);
+        }
         self.attach_modules(pid, &scan.modules);
+    }
+
+    /// Has BPF tell of a process in which nothing is probed: of its `execve`s.
+    fn nothing_to_attach(&mut self, pid: u32) {
+        if let Err(error) = self.tell_bpf(pid) {
+            return self.give_up(pid, error);
+        }
+        if let Some(target) = self.targets.get_mut(&pid) {
+            target.jobs += 1;
+        }
+        self.attach_done(pid, SiteBatch::default(), Ok(Duration::ZERO));
     }
 
     /// Hooks or probes what is not yet of `modules`.
@@ -282,8 +302,9 @@ impl Tracer {
             let attached = Attached {
                 pid,
                 comm,
+                go: target.go_version(),
                 sites: target.sites.len(),
-                modules: target.modules.iter().cloned().collect(),
+                modules: target.modules_read(),
                 attach_time: target.attach_time,
             };
             // Before the answer: who waits for it lets the process go.

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
+    golang::GoRead,
     marks::Mark,
     prefilter::Hooked,
     targets::{LeaveError, LeaveReply, Left, TakenOut},
@@ -44,6 +45,12 @@ pub(in crate::pipeline) enum Command {
         result: Result<Box<Scan>, TargetError>,
     },
     Found(Found),
+    /// Have Go programs' profiles read, of one process or all; `done` is dropped then.
+    ReadGo {
+        pid: Option<u32>,
+        done: mpsc::Sender<()>,
+    },
+    GoRead(Box<GoRead>),
     AttachDone {
         pid: u32,
         batch: SiteBatch,
@@ -102,6 +109,9 @@ pub(in crate::pipeline) enum Command {
         reply: oneshot::Sender<Option<Duration>>,
     },
 }
+
+/// A process whose memory is busy can keep its reader waiting.
+const READ_LIMIT: Duration = Duration::from_secs(5);
 
 /// Talks to the tracer.
 #[derive(Clone, Debug)]
@@ -170,6 +180,7 @@ impl TracerHandle {
         pid: Option<u32>,
         since: Option<Arc<Mark>>,
     ) -> Option<Capture> {
+        self.read_go(pid).await?;
         let (reply, answer) = oneshot::channel();
         self.commands
             .send(Command::Capture { pid, since, reply })
@@ -178,8 +189,21 @@ impl TracerHandle {
         answer.await.ok()
     }
 
+    /// Brings what is known of Go programs to the present; of those that cannot be read in
+    /// time, what is known stays. None if the tracer has ended.
+    async fn read_go(&self, pid: Option<u32>) -> Option<()> {
+        let (done, mut all_done) = mpsc::channel(1);
+        self.commands
+            .send(Command::ReadGo { pid, done })
+            .await
+            .ok()?;
+        let _ = tokio::time::timeout(READ_LIMIT, all_done.recv()).await;
+        Some(())
+    }
+
     /// Marks where a window begins; none if the tracer has ended.
     pub(in crate::pipeline) async fn mark(&self) -> Option<Arc<Mark>> {
+        self.read_go(None).await?;
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Mark { reply }).await.ok()?;
         answer.await.ok()
@@ -188,6 +212,7 @@ impl TracerHandle {
     /// Has profiles count allocations from now on; tells when that is, or none if the tracer
     /// has ended.
     pub async fn reset(&self) -> Option<SystemTime> {
+        self.read_go(None).await?;
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Reset { reply }).await.ok()?;
         answer.await.ok()

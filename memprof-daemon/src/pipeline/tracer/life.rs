@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use tracing::{debug, info, warn};
 
-use super::{Command, Tracer, attaching::Found};
+use super::{Command, Tracer, attaching::Found, golang::GoImage};
 use crate::{
     pipeline::{
         install::take_out,
@@ -155,6 +155,9 @@ impl Tracer {
             && current.info.start_ticks == scan.info.start_ticks
         {
             current.info = scan.info;
+            if current.go.is_none() {
+                current.go = scan.go.map(GoImage::new);
+            }
             current.code.learn_all(&scan.mappings, scan.read_ns);
             target.tables.extend(scan.tables);
             self.compile_missing(image.pid);
@@ -217,6 +220,7 @@ impl Tracer {
         }
         if let Some(current) = target.images.last_mut() {
             current.end(losses);
+            Self::end_go(current);
         }
         let mut next = Image::new(image, info, code, losses);
         next.totals.set_base(totals_base);
@@ -329,6 +333,7 @@ impl Tracer {
             return;
         };
         image.end(losses);
+        Self::end_go(image);
         let image = image.id;
         self.close_books(image);
         if let Err(error) = self.slot_map.remove(&pid) {

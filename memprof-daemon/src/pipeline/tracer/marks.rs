@@ -9,9 +9,13 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::Tracer;
+use super::{
+    Tracer,
+    golang::{GoImage, GoTarget},
+};
 use crate::{
     export::totals::ExactTotals,
+    golang::Reading,
     ledger::{StackSnapshot, baseline::Baseline},
     pipeline::target::Image,
     sample::{ImageId, StackId},
@@ -29,6 +33,8 @@ pub(in crate::pipeline) struct Mark {
 struct ImageMark {
     totals: Option<ExactTotals>,
     losses: BTreeMap<&'static str, u64>,
+    /// What its Go runtime had published.
+    go: Option<Arc<Reading>>,
 }
 
 impl Mark {
@@ -40,6 +46,11 @@ impl Mark {
     /// Whether it has anything of a process.
     pub(in crate::pipeline) fn has(&self, pid: u32) -> bool {
         self.images.keys().any(|image| image.pid == pid)
+    }
+
+    /// What an image's Go runtime had published.
+    pub(super) fn go(&self, image: &Image) -> Option<&Arc<Reading>> {
+        self.of(image)?.go.as_ref()
     }
 
     fn of(&self, image: &Image) -> Option<&ImageMark> {
@@ -64,7 +75,7 @@ impl<'a> Basis<'a> {
         }
     }
 
-    fn mark(&self) -> Option<&'a Mark> {
+    pub(super) fn mark(&self) -> Option<&'a Mark> {
         self.window.or(self.reset)
     }
 
@@ -156,6 +167,12 @@ impl Tracer {
                 let mark = ImageMark {
                     totals: image.totals.exact(),
                     losses: image.losses(losses, &self.ledger.tally(image.id)),
+                    go: image
+                        .go
+                        .as_ref()
+                        .and_then(GoImage::target)
+                        .and_then(GoTarget::last)
+                        .cloned(),
                 };
                 images.insert(image.id, mark);
             }

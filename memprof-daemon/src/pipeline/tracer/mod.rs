@@ -3,6 +3,7 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
+//! `golang` has Go programs' profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -10,6 +11,7 @@
 mod attaching;
 mod booking;
 mod config;
+pub(super) mod golang;
 mod handle;
 mod life;
 mod mappings;
@@ -346,6 +348,8 @@ impl Tracer {
             Command::Scanned { pid, result } => self.scanned(pid, result),
             Command::Rescanned { image, result } => self.rescanned(image, result),
             Command::Found(found) => self.found(found),
+            Command::ReadGo { pid, done } => self.read_go_now(pid, &done),
+            Command::GoRead(read) => self.go_read(*read),
             Command::AttachDone { pid, batch, result } => self.attach_done(pid, batch, result),
             Command::Hooked(hooked) => self.hooked(*hooked),
             Command::Detached { pid, time } => {
@@ -398,6 +402,7 @@ impl Tracer {
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory();
+            self.read_go_in_turn();
         }
     }
 

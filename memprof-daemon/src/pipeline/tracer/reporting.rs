@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     Tracer,
+    golang::GoImage,
     marks::{Basis, Mark},
 };
 use crate::{
@@ -62,6 +63,26 @@ impl Tracer {
                 }
                 let stacks = snapshot.remove(&image.id).unwrap_or_default();
                 let lost = image.losses(losses, &self.ledger.tally(image.id));
+                let go = image.go.as_ref().and_then(GoImage::target);
+                let is_go = go.is_some();
+                images.extend(go.map(|go| ImageCapture {
+                    info: image.info.clone(),
+                    exited: image.ended(),
+                    engine: Engine::GoRuntime,
+                    memory: image.memory,
+                    traced: basis.traced(image),
+                    totals: None,
+                    losses: BTreeMap::new(),
+                    mappings: image.code.first().clone(),
+                    perf_map: None,
+                    groups: Vec::new(),
+                    go: Some(basis.go(go, image)),
+                    go_refusal: None,
+                }));
+                // What is not probed has no other profile.
+                if is_go && stacks.is_empty() && target.sites.is_empty() {
+                    continue;
+                }
                 images.push(ImageCapture {
                     info: image.info.clone(),
                     exited: image.ended(),
@@ -70,6 +91,12 @@ impl Tracer {
                         .clone()
                         .unwrap_or_else(|| target.choice.engine()),
                     memory: image.memory,
+                    go: None,
+                    go_refusal: image
+                        .go
+                        .as_ref()
+                        .and_then(GoImage::refusal)
+                        .map(str::to_owned),
                     traced: basis.traced(image),
                     totals: basis.totals(image, image.totals.exact()),
                     losses: basis.losses(image, lost),
@@ -102,7 +129,7 @@ impl Tracer {
                     facts: self.facts_of(pid, target),
                     exe: info.map(|info| info.exe.clone()).unwrap_or_default(),
                     origin: info.map(|info| info.origin.clone()),
-                    modules: target.modules.iter().cloned().collect(),
+                    modules: target.modules_read(),
                 }
             })
             .collect()
@@ -177,13 +204,25 @@ impl Tracer {
 
     /// What a target's books say, in short.
     fn books_of(&self, target: &Target) -> Books {
-        let sums = self.sums_of(target);
+        let mut sums = self.sums_of(target);
         let mut allocated = StackCounters::default();
         let mut held = StackCounters::default();
         let mut exact_bytes = Some(0);
         for image in &target.images {
             // Of a program that was replaced nothing is in use any more.
             held = self.ledger.sum(image.id);
+            if let Some(go) = image.go.as_ref().and_then(GoImage::target) {
+                held += *go.sum();
+                sums.alloc_events += go.sum().samples;
+                // The rate is of the time since the attach.
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "it saturates, and is not negative"
+                )]
+                let since_found = go.bytes_since_found() as u64;
+                exact_bytes = exact_bytes.map(|bytes| bytes + since_found);
+            }
             allocated += held;
             let exact = image.totals.exact();
             exact_bytes = exact_bytes
@@ -218,7 +257,13 @@ impl Tracer {
 
 /// How the calls of a target's present or last program are looked at.
 fn engine_of(target: &Target) -> Engine {
-    let engine = target.images.last().and_then(|image| image.engine.clone());
+    let image = target.images.last();
+    let is_go =
+        image.is_some_and(|image| image.go.as_ref().is_some_and(|go| go.target().is_some()));
+    if is_go && target.sites.is_empty() {
+        return Engine::GoRuntime;
+    }
+    let engine = image.and_then(|image| image.engine.clone());
     engine.unwrap_or_else(|| target.choice.engine())
 }
 

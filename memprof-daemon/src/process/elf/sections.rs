@@ -19,32 +19,14 @@ impl ElfLayout {
         file: &File,
         header: &Fields<'_>,
     ) -> Result<(), ElfError> {
-        let start = header.u64(40);
-        if start == 0 {
+        let Some(bytes) = read_headers(file, header)? else {
             return Ok(());
-        }
-        if usize::from(header.u16(58)) != SECTION_BYTES {
-            return Err(ElfError::Malformed("section headers of unknown size"));
-        }
-        let mut count = u64::from(header.u16(60));
-        if count == 0 {
-            // More than 65,279: the first section's size says how many.
-            let mut first = [0; SECTION_BYTES];
-            file.read_exact_at(&mut first, start)?;
-            count = Fields(&first).u64(32);
-        }
-        if count > MAX_SECTIONS {
-            return Err(ElfError::Malformed("too many section headers"));
-        }
-        let bytes = usize::try_from(count).unwrap_or(0) * SECTION_BYTES;
-        let mut bytes = vec![0; bytes];
-        file.read_exact_at(&mut bytes, start)?;
-
+        };
         let names = usize::from(header.u16(62));
-        let names = bytes.chunks_exact(SECTION_BYTES).nth(names).map(Fields);
+        let names = each(&bytes).nth(names);
         self.has_section_names = names.is_some();
         let mut found = [None, None];
-        for section in bytes.chunks_exact(SECTION_BYTES).map(Fields) {
+        for section in each(&bytes) {
             let kind = section.u32(4);
             let name = names.and_then(|names| section_name(file, &names, &section));
             let link = match name.as_deref() {
@@ -79,8 +61,7 @@ impl ElfLayout {
             };
             let names = usize::try_from(section.u32(40))
                 .ok()
-                .and_then(|link| bytes.chunks_exact(SECTION_BYTES).nth(link))
-                .map(Fields);
+                .and_then(|link| each(&bytes).nth(link));
             if let (Some(slot), Some(names)) = (found.get_mut(slot), names) {
                 *slot = Some(SymbolTable {
                     offset: FileOffset(section.u64(24)),
@@ -95,6 +76,36 @@ impl ElfLayout {
     }
 }
 
+/// The section headers of a file, if it has any.
+pub(super) fn read_headers(file: &File, header: &Fields<'_>) -> Result<Option<Vec<u8>>, ElfError> {
+    let start = header.u64(40);
+    if start == 0 {
+        return Ok(None);
+    }
+    if usize::from(header.u16(58)) != SECTION_BYTES {
+        return Err(ElfError::Malformed("section headers of unknown size"));
+    }
+    let mut count = u64::from(header.u16(60));
+    if count == 0 {
+        // More than 65,279: the first section's size says how many.
+        let mut first = [0; SECTION_BYTES];
+        file.read_exact_at(&mut first, start)?;
+        count = Fields(&first).u64(32);
+    }
+    if count > MAX_SECTIONS {
+        return Err(ElfError::Malformed("too many section headers"));
+    }
+    let bytes = usize::try_from(count).unwrap_or(0) * SECTION_BYTES;
+    let mut bytes = vec![0; bytes];
+    file.read_exact_at(&mut bytes, start)?;
+    Ok(Some(bytes))
+}
+
+/// Each header by itself.
+pub(super) fn each(bytes: &[u8]) -> impl Iterator<Item = Fields<'_>> {
+    bytes.chunks_exact(SECTION_BYTES).map(Fields)
+}
+
 /// The name of a section, of which the longest that is looked for are whole.
 fn section_name(file: &File, names: &Fields<'_>, section: &Fields<'_>) -> Option<Vec<u8>> {
     let mut name = [0; 18];
@@ -107,7 +118,7 @@ fn section_name(file: &File, names: &Fields<'_>, section: &Fields<'_>) -> Option
         .map(<[u8]>::to_vec)
 }
 
-fn place(section: &Fields<'_>) -> Section {
+pub(super) fn place(section: &Fields<'_>) -> Section {
     Section {
         file_offset: FileOffset(section.u64(24)),
         size: section.u64(32),
