@@ -72,6 +72,10 @@ pub struct Process {
     pub engine: String,
     /// Why it is not the prefilter, if that was wanted.
     pub engine_reason: Option<String>,
+    /// Of a Go program's own profile.
+    pub go: Option<Go>,
+    /// Why there is none of a Go program.
+    pub go_refusal: Option<String>,
     /// For how long it was traced.
     pub traced_s: f64,
     /// All calls, counted exactly.
@@ -84,6 +88,29 @@ pub struct Process {
     pub estimates: Estimates,
     /// Its stacks.
     pub stacks: Vec<Stack>,
+}
+
+/// Which profile of a Go program it is.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Go {
+    /// Version of Go.
+    pub version: String,
+    /// Its `runtime.MemProfileRate`.
+    pub mem_profile_rate: Option<u64>,
+    /// That was another before.
+    pub rate_changed: bool,
+    /// What the numbers are estimated with.
+    pub sample_interval_bytes: u64,
+    /// How old the reading is.
+    pub age_s: Option<f64>,
+    /// A collection has ended.
+    pub collected: bool,
+    /// No count changed while it was read.
+    pub settled: bool,
+    /// All of its history is in it.
+    pub since_start: bool,
+    /// Why the last try to read it failed.
+    pub failure: Option<String>,
 }
 
 /// A container.

@@ -29,6 +29,13 @@ const RUST_FLAGS: &[&str] = &[
     "-Copt-level=1",
     "-Cforce-frame-pointers=yes",
 ];
+const GO_FLAGS: &[&str] = &["build"];
+
+/// The `go` that programs in Go are built with: `MEMPROF_GO`, for those that Debian has not.
+#[must_use]
+pub fn go() -> String {
+    std::env::var("MEMPROF_GO").unwrap_or_else(|_| "go".to_owned())
+}
 
 /// A built program.
 #[derive(Clone, Debug)]
@@ -104,14 +111,15 @@ fn build(file: &str, more: &[&str]) -> Target {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("targets");
     let (stem, kind) = file.rsplit_once('.').expect("a file with an extension");
     let (compiler, flags) = match kind {
-        "c" => ("cc", C_FLAGS),
-        "cpp" => ("c++", C_FLAGS),
-        "rs" => ("rustc", RUST_FLAGS),
+        "c" => ("cc".to_owned(), C_FLAGS),
+        "cpp" => ("c++".to_owned(), C_FLAGS),
+        "rs" => ("rustc".to_owned(), RUST_FLAGS),
+        "go" => (go(), GO_FLAGS),
         _ => panic!("no compiler for {file}"),
     };
 
     let mut hasher = DefaultHasher::new();
-    (compiler, flags, more, &sources).hash(&mut hasher);
+    (&compiler, flags, more, &sources).hash(&mut hasher);
     for part in [file, "target.h", "threads.h"] {
         let content = fs::read(sources.join(part));
         content
@@ -124,7 +132,7 @@ fn build(file: &str, more: &[&str]) -> Target {
     let dir = dir.canonicalize().expect("a directory for the targets");
     let path = dir.join(format!("{stem}-{:016x}", hasher.finish()));
     if !path.exists() {
-        compile(compiler, flags, more, &sources.join(file), &path);
+        compile(&compiler, flags, more, &sources.join(file), &path);
     }
     Target(path)
 }
@@ -134,7 +142,13 @@ fn compile(compiler: &str, flags: &[&str], more: &[&str], source: &Path, path: &
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     // No dot in it: rustc takes what follows for an extension.
     let unfinished = path.with_file_name(format!("unfinished-{}-{number}", process::id()));
+    let cache = path.with_file_name("go-cache");
     let output = Command::new(compiler)
+        // Of Go only: a file is a program by itself, and nothing is fetched.
+        .env("GO111MODULE", "off")
+        .env("GOTOOLCHAIN", "local")
+        .env("GOFLAGS", "")
+        .env("GOCACHE", cache)
         .args(flags)
         .args(more)
         .arg("-o")

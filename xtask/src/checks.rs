@@ -40,10 +40,11 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 22] = [
+const ONCE: [&str; 23] = [
     "config",
     "containers",
     "debuginfod",
+    "go",
     "http_access",
     "http_limits",
     "http_metrics",
