@@ -149,6 +149,29 @@ fn again_and_again() {
     finish_storm(storm);
 }
 
+/// Check that a process is attached to and let go though more of its threads than there are
+/// processors allocate all the time, so that some are always within the first instructions
+/// and in the stubs; that it loses no block, and that nothing stays.
+#[test]
+fn busy_threads() {
+    let dir = TempDir::new("undone");
+    let mut crowd = Running::spawn(&mut target("crowd.c").command(&["5"]));
+    crowd.wait_stdout(|line| line == "ready");
+    let pid = crowd.pid();
+    let before = file_maps(pid);
+    for _ in 0..2 {
+        // The machine may have other things to do.
+        let options = ["--probe", "prefilter", "--attach-timeout", "20"];
+        let daemon = Daemon::start(&dir, &[pid], &options);
+        assert!(maps(pid).contains("memprof-prefilter"));
+        let said = daemon.stop().stderr;
+        assert!(!maps(pid).contains("memprof-prefilter"), "{said}");
+        assert_untouched(pid, &before);
+    }
+    crowd.send_last("over");
+    crowd.finish().expect_code(0);
+}
+
 /// Check that a process under a debugger gets no prefilter, and that its name is said; and
 /// that by default it is probed then, for that reason.
 #[test]

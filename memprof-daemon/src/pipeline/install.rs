@@ -18,12 +18,16 @@ use super::{prober::ProberHandle, scan::Scanner};
 use crate::{
     address::FileOffset,
     prefilter::{
-        attach::{self, Attached, DataPlace, Grip, Image, Order, SiteProbes, StoppedTime},
+        attach::{
+            self, Attached, DataPlace, FindHooks, Grip, Image, ModuleHooks, Order, SiteProbes,
+            StoppedTime,
+        },
         check::{check, require_untraced},
         detach::detach,
         error::{DetachError, PrefilterError},
         layout::Geometry,
         tracer::{Tracer, with_tracer},
+        turn::Turn,
     },
     probe::{
         attach::{AttachError, ImageSite},
@@ -52,6 +56,7 @@ pub enum Holder {
 }
 
 /// The prefilter for some modules of a process.
+#[derive(Debug)]
 pub(super) struct Installation {
     pub(super) pid: u32,
     pub(super) slot: u16,
@@ -90,20 +95,19 @@ impl Installation {
     }
 
     fn run(self, grip: Grip) -> Result<Attached, PrefilterError> {
+        // Those before may have had to stop it, too.
+        let _turn = Turn::wait(self.pid);
         // First of all: from then on the pid is this process's.
         let process = ExitWatch::open(self.pid)?;
         if grip == Grip::Seize {
             require_untraced(self.pid)?;
         }
-        // Where they are now: what the tracer knows has the program before, too.
-        let mappings = self.scanner.mappings(self.pid)?;
-        let modules = check(self.pid, &mappings, &self.modules)?;
         let geometry = geometry(self.pid, self.interval_bytes);
         let order = Order {
             process: &process,
             grip,
-            modules: &modules,
-            image: self.data,
+            find: &self,
+            image: self.data.clone(),
             geometry,
             interval_bytes: self.interval_bytes,
             seed: self.seed,
@@ -123,6 +127,14 @@ impl Installation {
     }
 }
 
+impl FindHooks for Installation {
+    fn find(&self) -> Result<Vec<ModuleHooks>, PrefilterError> {
+        // Where they are now: what the tracer knows has the program before, too.
+        let mappings = self.scanner.mappings(self.pid)?;
+        check(self.pid, &mappings, &self.modules)
+    }
+}
+
 /// Runs `job` on a thread of its own; drops it if there is none left.
 pub(super) fn on_a_thread(job: Job) {
     let spawned = thread::Builder::new()
@@ -139,6 +151,7 @@ pub(super) fn take_out(
     image: &Image,
     time_limit: Duration,
 ) -> Result<StoppedTime, DetachError> {
+    let _turn = Turn::wait(pid);
     let Ok(process) = ExitWatch::open(pid) else {
         return Ok(StoppedTime::default());
     };

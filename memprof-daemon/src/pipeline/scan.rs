@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     golang::{self, FoundGo},
-    prefilter::{error::DetachError, leftover, tracer::with_tracer},
+    prefilter::{error::DetachError, leftover, tracer::with_tracer, turn::Turn},
     probe::find::{AllocatorModule, Finder},
     process::{
         exit::ExitWatch,
@@ -66,6 +66,7 @@ fn clear_leftover(pid: u32, clear: Option<Duration>) -> Result<(), TargetError> 
     let Some(time_limit) = clear else {
         return Err(TargetError::HasLeftover(pid));
     };
+    let _turn = Turn::wait(pid);
     let process = ExitWatch::open(pid)?;
     let deadline = Instant::now() + time_limit;
     with_tracer(|tracer| leftover::remove(tracer, &process, &leftover, deadline))

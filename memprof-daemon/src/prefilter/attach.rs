@@ -4,6 +4,7 @@
 //! blocks. Whatever fails, the process is put back to what it was.
 
 use std::{
+    fmt,
     fs::File,
     ops::Range,
     path::PathBuf,
@@ -11,17 +12,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use memprof_common::prefilter::{PRIVATE_ENABLED, SiteKind};
+use memprof_common::prefilter::SiteKind;
 
 use super::{
     data::SharedData,
-    detach::{self, unmap},
+    detach::unmap,
     error::PrefilterError,
     hooks::Hook,
     image::Patch,
+    jumps::{RETRY, once_set_up, require_alive, write_jumps},
     layout::Geometry,
-    map::{self, Mapped},
-    remote,
+    map,
+    moves::Move,
+    plan::{self, Plan},
     step::{self, Step},
     stop::Stopped,
     stop_error::StopError,
@@ -29,8 +32,8 @@ use super::{
 };
 use crate::{address::FileOffset, process::exit::ExitWatch};
 
-/// From one try to stop the process where nobody is in the way to the next.
-const RETRY: Duration = Duration::from_millis(5);
+/// How often a plan is made: one may be out of date before it is carried out.
+const PLANS: u32 = 5;
 
 /// How the process is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,13 +46,6 @@ pub enum Grip {
 }
 
 impl Grip {
-    fn one(self, tracer: &Tracer, pid: u32, deadline: Instant) -> Result<Stopped, StopError> {
-        match self {
-            Self::Seize => Stopped::one(tracer, pid, deadline),
-            Self::Held => Stopped::held(tracer, pid, deadline),
-        }
-    }
-
     pub(super) fn all(
         self,
         tracer: &Tracer,
@@ -72,6 +68,16 @@ pub struct ModuleHooks {
     pub hooks: Vec<Hook>,
 }
 
+/// Who finds what to hook.
+pub trait FindHooks: fmt::Debug + Sync {
+    /// What to hook in the program that is there now.
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot be hooked.
+    fn find(&self) -> Result<Vec<ModuleHooks>, PrefilterError>;
+}
+
 /// What is wanted.
 #[derive(Debug)]
 pub struct Order<'a> {
@@ -79,8 +85,8 @@ pub struct Order<'a> {
     pub process: &'a ExitWatch,
     /// How it is stopped.
     pub grip: Grip,
-    /// What to hook.
-    pub modules: &'a [ModuleHooks],
+    /// What to hook, in the program that is there now. Asked again if that was replaced.
+    pub find: &'a dyn FindHooks,
     /// The image that is in it already, if these modules come later.
     pub image: Option<DataPlace>,
     /// How large the shared data is to be, if there is none yet.
@@ -134,6 +140,8 @@ pub struct Image {
     pub(super) code: Vec<Range<u64>>,
     /// What was changed of the process's own.
     pub(super) patches: Vec<Patch>,
+    /// Places in functions and in the code that mean the same; none if another daemon made it.
+    pub(super) moves: Vec<Move>,
     /// The memory files: their uprobes need them, and a lock on them says that we live.
     files: Vec<File>,
 }
@@ -151,6 +159,11 @@ impl Image {
         data + self.code.iter().map(length).sum::<u64>()
     }
 
+    /// Whether an address is of its code.
+    pub(super) fn has_code_at(&self, address: u64) -> bool {
+        self.code.iter().any(|range| range.contains(&address))
+    }
+
     /// Where its data is, for modules that come later.
     #[must_use]
     pub fn place(&self) -> DataPlace {
@@ -161,6 +174,7 @@ impl Image {
     pub fn absorb(&mut self, later: Self) {
         self.code.extend(later.code);
         self.patches.extend(later.patches);
+        self.moves.extend(later.moves);
         self.files.extend(later.files);
     }
 }
@@ -198,7 +212,8 @@ pub struct Attached {
     pub stopped: StoppedTime,
 }
 
-/// Puts stubs for `order.modules` into the process and has its functions jump to them.
+/// Puts stubs for what is to be hooked into the process and has its functions jump to them. If
+/// the program is replaced meanwhile, the new one gets them.
 ///
 /// # Errors
 ///
@@ -208,47 +223,86 @@ pub fn attach(
     order: &Order<'_>,
     probes: &mut dyn SiteProbes,
 ) -> Result<Attached, PrefilterError> {
+    let mut time = StoppedTime::default();
+    for _ in 1..PLANS {
+        match attach_as_planned(tracer, order, probes, &mut time) {
+            Err(PrefilterError::Stale) if Instant::now() + RETRY < order.deadline => {
+                thread::sleep(RETRY);
+            }
+            outcome => return outcome,
+        }
+    }
+    attach_as_planned(tracer, order, probes, &mut time)
+}
+
+fn attach_as_planned(
+    tracer: &Tracer,
+    order: &Order<'_>,
+    probes: &mut dyn SiteProbes,
+    time: &mut StoppedTime,
+) -> Result<Attached, PrefilterError> {
     let pid = order.process.pid();
-    let mut stopped_time = StoppedTime::default();
+    let modules = order.find.find()?;
+    let plan = plan::plan(order, &modules)?;
     step::done(Step::Checked);
-    let mapped = {
-        let mut stopped = once_set_up(order, || order.grip.one(tracer, pid, order.deadline))?;
-        require_alive(order.process)?;
-        let mapped = map::map(order, &mut stopped);
-        stopped_time.add(stopped.release()?);
+    let file = {
+        // All threads: beside others that run, those that make calls would wait for a processor
+        // at each.
+        let mut stopped = once_set_up(order, || order.grip.all(tracer, pid, order.deadline))?;
+        let mapped = require_alive(order.process).and_then(|()| {
+            if !plan.is_right_for(&stopped)? {
+                return Err(PrefilterError::Stale);
+            }
+            map::map(order, &plan, &mut stopped)
+        });
+        time.add(stopped.release()?);
         mapped?
     };
     step::done(Step::Mapped);
-    let Mapped {
-        image,
-        file,
-        sites,
-        data,
-    } = mapped;
-    let put = match probes.attach(&file, &sites) {
-        Ok(()) => {
-            step::done(Step::Probed);
-            write_jumps(tracer, order, &image, &mut stopped_time)
+    let image = plan.image();
+    let put = make_data(order, &plan, &file).and_then(|data| {
+        probes
+            .attach(&file, &plan.sites)
+            .map_err(PrefilterError::Sites)?;
+        step::done(Step::Probed);
+        let written = write_jumps(tracer, order, &image, time);
+        if written.is_err() {
+            probes.detach();
         }
-        Err(error) => Err(PrefilterError::Sites(error)),
-    };
-    if let Err(error) = put {
-        probes.detach();
-        // Nobody has been led there: no thread is within.
-        if let Err(left) = unmap(tracer, order.process, order.grip, &image) {
-            tracing::warn!(pid, error = %left, "memory that was mapped into a process stays there");
+        written.map(|()| data)
+    });
+    match put {
+        Ok(data) => Ok(Attached {
+            image: Image {
+                files: vec![file],
+                ..image
+            },
+            data,
+            stopped: *time,
+        }),
+        Err(error) => {
+            // Nobody has been led there: no thread is within.
+            if let Err(left) = unmap(tracer, order.process, order.grip, &image) {
+                tracing::warn!(pid, error = %left, "memory that was mapped into a process stays there");
+            }
+            Err(error)
         }
-        return Err(error);
     }
-    let image = Image {
-        files: vec![file],
-        ..image
-    };
-    Ok(Attached {
-        image,
-        data,
-        stopped: stopped_time,
-    })
+}
+
+/// The daemon's view of the data that the process has mapped, filled: nothing uses it yet.
+fn make_data(
+    order: &Order<'_>,
+    plan: &Plan,
+    file: &File,
+) -> Result<Option<SharedData>, PrefilterError> {
+    if !plan.owns_data {
+        return Ok(None);
+    }
+    let mut data = SharedData::new(file, 0, plan.place.geometry)
+        .map_err(PrefilterError::io("map the memory file"))?;
+    data.start(order.interval_bytes, order.seed);
+    Ok(Some(data))
 }
 
 impl Image {
@@ -264,105 +318,12 @@ impl Image {
             is_wiped: false,
             code,
             patches,
+            moves: Vec::new(),
             files: Vec::new(),
         }
     }
-}
 
-/// Stops a process that may just have begun: a thread that its C library has not set up yet
-/// is given the time for it.
-fn once_set_up(
-    order: &Order<'_>,
-    stop: impl Fn() -> Result<Stopped, StopError>,
-) -> Result<Stopped, StopError> {
-    loop {
-        match stop() {
-            Err(StopError::NoThreadPointer { .. })
-                if order.grip == Grip::Seize && Instant::now() + RETRY < order.deadline =>
-            {
-                thread::sleep(RETRY);
-            }
-            stopped => return stopped,
-        }
+    pub(super) fn with_moves(self, moves: Vec<Move>) -> Self {
+        Self { moves, ..self }
     }
-}
-
-/// Stopped, it cannot end and give its pid to another.
-fn require_alive(process: &ExitWatch) -> Result<(), PrefilterError> {
-    if process.is_alive().unwrap_or(true) {
-        Ok(())
-    } else {
-        let pid = process.pid();
-        Err(crate::process::info::ProcessError::NotFound { pid }.into())
-    }
-}
-
-/// With all threads stopped and none in the way, leads the functions to the stubs, and
-/// switches those on.
-fn write_jumps(
-    tracer: &Tracer,
-    order: &Order<'_>,
-    image: &Image,
-    stopped_time: &mut StoppedTime,
-) -> Result<(), PrefilterError> {
-    let pid = order.process.pid();
-    let displaced: Vec<Range<u64>> = image
-        .patches
-        .iter()
-        .map(|patch| patch.address..patch.address + patch.original.len() as u64)
-        .collect();
-    loop {
-        let stopped = once_set_up(order, || order.grip.all(tracer, pid, order.deadline))?;
-        let written = require_alive(order.process).and_then(|()| {
-            if stopped.is_anyone_within(&displaced)? {
-                return Ok(false);
-            }
-            write_all(&stopped, image).map(|()| true)
-        });
-        stopped_time.add(stopped.release()?);
-        if written? {
-            return Ok(());
-        }
-        if Instant::now() + RETRY >= order.deadline || order.grip == Grip::Held {
-            return Err(PrefilterError::Busy);
-        }
-        thread::sleep(RETRY);
-    }
-}
-
-/// In the order of the patches: what gives blocks up first. All or none.
-fn write_all(stopped: &Stopped, image: &Image) -> Result<(), PrefilterError> {
-    let mut written = Ok(());
-    for (number, patch) in image.patches.iter().enumerate() {
-        written = stopped
-            .write_code(patch.address, &patch.original, &patch.jump)
-            .map_err(PrefilterError::from);
-        if written.is_err() {
-            let done = image.patches.get(..number).unwrap_or_default();
-            detach::restore(stopped, done)?;
-            break;
-        }
-    }
-    written?;
-    if image.owns_data {
-        let enabled = set_enabled(stopped, &image.data, true);
-        if enabled.is_err() {
-            detach::restore(stopped, &image.patches)?;
-        }
-        enabled?;
-        step::done(Step::Enabled);
-    }
-    Ok(())
-}
-
-/// Switches the stubs on or off.
-pub(super) fn set_enabled(
-    stopped: &Stopped,
-    data: &DataPlace,
-    enabled: bool,
-) -> Result<(), StopError> {
-    let word = u64::from(enabled).to_ne_bytes();
-    let tid = stopped.any_tid();
-    remote::write(tid, data.private + PRIVATE_ENABLED as u64, &word)
-        .map_err(|error| StopError::trace(stopped.pid(), tid, "write its memory", error))
 }

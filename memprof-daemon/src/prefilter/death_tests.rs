@@ -3,6 +3,7 @@
 use std::{os::unix::process::ExitStatusExt as _, process::Command, thread, time::Duration};
 
 use super::{
+    remote,
     stop::Stopped,
     stop_error::tracer_of,
     testing::{Target, die_after, soon, trace},
@@ -40,13 +41,41 @@ fn tracer_that_dies() {
     println!("lives");
 }
 
+/// The tracer that [`dead_tracer_that_moves`] has die: it leads the thread out of one loop, into
+/// the other.
+#[test]
+#[ignore = "started by another test, to be killed"]
+fn tracer_that_moves() {
+    let given = |name: &str| std::env::var(name).unwrap().parse::<u64>().unwrap();
+    let pid = given("MEMPROF_TEST_TARGET") as u32;
+    let counter_at = given("MEMPROF_TEST_COUNTER");
+    let twins = remote::read_word(pid, counter_at).unwrap();
+    let word = |number: u64| remote::read_word(pid, twins + 8 * number).unwrap();
+    let (first, second) = (word(2), word(3));
+    trace(|tracer| {
+        die_after(given("MEMPROF_TEST_STEPS") as u32);
+        let mut stopped = Stopped::all(tracer, pid, soon()).unwrap();
+        let is_in = |place: u64| (first..second).contains(&place);
+        let goal = |place: u64| is_in(place).then(|| place + (second - first));
+        stopped.move_threads(goal).unwrap();
+        stopped.release().unwrap();
+    });
+    die_after(0);
+    println!("lives");
+}
+
 /// Has a tracer of `pid` die at its `steps`-th step; which one that was, or none if it
 /// came to its end before.
 fn have_tracer_die(pid: u32, steps: u32) -> Option<String> {
+    have_it_die("tracer_that_dies", pid, 0, steps)
+}
+
+fn have_it_die(which: &str, pid: u32, counter_at: u64, steps: u32) -> Option<String> {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["prefilter::death_tests::tracer_that_dies", "--exact"])
+        .args([&format!("prefilter::death_tests::{which}"), "--exact"])
         .args(["--ignored", "--nocapture"])
         .env("MEMPROF_TEST_TARGET", pid.to_string())
+        .env("MEMPROF_TEST_COUNTER", counter_at.to_string())
         .env("MEMPROF_TEST_STEPS", steps.to_string())
         .output()
         .unwrap();
@@ -98,6 +127,32 @@ fn dead_tracer() {
         assert!(steps.iter().any(|seen| seen == step), "{step}");
     }
     target.finish_well();
+}
+
+/// Check that a thread whose tracer is killed once it was led to another place goes on there, or
+/// where it was.
+#[test]
+fn dead_tracer_that_moves() {
+    let mut steps = Vec::new();
+    loop {
+        let target = Target::hazard(&["twins"]);
+        let number = steps.len() as u32 + 1;
+        let died = have_it_die("tracer_that_moves", target.pid(), target.counter_at, number);
+        target.until("is let go", |target| tracer_of(target.pid()).is_none());
+        let has_moved = died.is_none() || steps.contains(&"Moved".to_owned());
+        let is_moving = died.as_deref() == Some("Moved");
+        let turns = target.counter() + if has_moved || is_moving { 8 } else { 0 };
+        let turns = || remote::read_word(target.pid(), turns).unwrap();
+        let before = turns();
+        target.until("turns", |_| turns() != before);
+        target.finish_well();
+        match died {
+            Some(step) => steps.push(step),
+            None => break,
+        }
+    }
+    println!("died at {}", steps.join(", "));
+    assert!(steps.contains(&"Moved".to_owned()));
 }
 
 /// Check the same of processes in calls: one that the kernel makes again goes on, one

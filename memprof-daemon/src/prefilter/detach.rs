@@ -11,12 +11,14 @@ use std::{
 };
 
 use super::{
-    attach::{Grip, Image, StoppedTime, set_enabled},
+    attach::{Grip, Image, StoppedTime},
     error::DetachError,
     image::{Patch, read_header},
     inject::InjectError,
+    jumps::set_enabled,
     map::PAGE_BYTES,
-    occupants::is_anyone_in,
+    moves,
+    occupants::{is_anyone_in, is_passing},
     remote,
     step::{self, Step},
     stop::Stopped,
@@ -73,29 +75,71 @@ pub fn detach(
             return Ok(time);
         }
         if Instant::now() + wait >= deadline {
-            return Err(DetachError::Busy);
+            return Err(switch_off(tracer, process, image));
         }
         thread::sleep(wait);
         wait = (2 * wait).min(LAST_RETRY);
     }
 }
 
+/// What stays is switched off.
+fn switch_off(tracer: &Tracer, process: &ExitWatch, image: &Image) -> DetachError {
+    // Zeros are off.
+    if image.is_wiped {
+        return DetachError::Busy;
+    }
+    let switched_off = Stopped::all(tracer, process.pid(), Instant::now()).and_then(|stopped| {
+        if is_in(&stopped, image) && !has_ended(process) {
+            set_enabled(&stopped, &image.data, false)?;
+        }
+        stopped.release()
+    });
+    match switched_off {
+        Ok(_) => DetachError::Busy,
+        Err(error) => error.into(),
+    }
+}
+
 /// Does what can be done now; whether that was all.
 fn undo(stopped: &mut Stopped, image: &Image, restored: &mut bool) -> Result<bool, DetachError> {
+    let mut is_original = false;
     if !*restored {
-        restore(stopped, &image.patches)?;
-        // Zeros are off.
-        if !image.is_wiped {
-            set_enabled(stopped, &image.data, false)?;
-        }
-        step::done(Step::SwitchedOff);
+        is_original = restore(stopped, &image.patches)?;
+        step::done(Step::Restored);
         *restored = true;
+    }
+    if is_original {
+        // Else the text may have got another jump since, in the midst of which they would be.
+        stopped.move_threads(|place| moves::into_text(&image.moves, place))?;
+    }
+    // Nothing leads to the stubs any more, and they are soon passed through. They are not
+    // switched off: the ends of the calls that they follow are to be told, too.
+    let maps = stopped.maps()?;
+    let ran = match stopped.let_run(|thread| is_passing(image, &maps, thread)) {
+        Err(StopError::InTheWay { .. }) => return Ok(false),
+        ran => ran?,
+    };
+    if ran && !is_in(stopped, image) {
+        // One has replaced the program.
+        return Ok(true);
     }
     if is_anyone_in(stopped, image)? {
         return Ok(false);
     }
     unmap_in(stopped, image)?;
     Ok(true)
+}
+
+/// Whether the image is in a process that stands still.
+pub(super) fn is_in(stopped: &Stopped, image: &Image) -> bool {
+    let mut ranges = image.code.iter();
+    ranges.any(|range| is_image_of(stopped.any_tid(), range, image))
+}
+
+fn is_image_of(tid: u32, range: &Range<u64>, image: &Image) -> bool {
+    let mut header = vec![0; PAGE_BYTES as usize];
+    remote::read(tid, range.start, &mut header).is_ok()
+        && read_header(&header).is_ok_and(|header| header.data == image.data.range)
 }
 
 /// Not if the process has replaced its program.
@@ -107,11 +151,8 @@ fn is_there(pid: u32, image: &Image) -> bool {
         name.to_str()?.parse::<u32>().ok()
     });
     threads.any(|tid| {
-        image.code.iter().any(|range| {
-            let mut header = vec![0; PAGE_BYTES as usize];
-            remote::read(tid, range.start, &mut header).is_ok()
-                && read_header(&header).is_ok_and(|header| header.data == image.data.range)
-        })
+        let mut ranges = image.code.iter();
+        ranges.any(|range| is_image_of(tid, range, image))
     })
 }
 
@@ -120,16 +161,19 @@ fn has_ended(process: &ExitWatch) -> bool {
 }
 
 /// Writes the original bytes back, unless somebody else has written there since: what
-/// allocates first, so that no sampled block's free is missed.
-pub(super) fn restore(stopped: &Stopped, patches: &[Patch]) -> Result<(), StopError> {
+/// allocates first, so that no sampled block's free is missed. Whether all have them.
+pub(super) fn restore(stopped: &Stopped, patches: &[Patch]) -> Result<bool, StopError> {
+    let mut is_original = true;
     for patch in patches.iter().rev() {
         let mut bytes = [0; 5];
         stopped.read(patch.address, &mut bytes)?;
         if bytes == patch.jump {
             stopped.write_code(patch.address, &patch.jump, &patch.original)?;
+        } else {
+            is_original &= bytes == patch.original;
         }
     }
-    Ok(())
+    Ok(is_original)
 }
 
 /// The data first, in one call: its private part has no name to be known by. What may be
@@ -171,7 +215,12 @@ pub(super) fn unmap(
         Err(_) if has_ended(process) => return Ok(()),
         stopped => stopped?,
     };
-    let unmapped = unmap_in(&mut stopped, image);
+    // Gone with the program, if that was replaced.
+    let unmapped = if is_in(&stopped, image) {
+        unmap_in(&mut stopped, image)
+    } else {
+        Ok(())
+    };
     stopped.release()?;
     Ok(unmapped?)
 }

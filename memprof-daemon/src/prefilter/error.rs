@@ -42,6 +42,9 @@ pub enum PrefilterError {
     /// Some thread was always there.
     #[error("threads were within the first instructions of its allocator all the time")]
     Busy,
+    /// What was planned is not for the program that is there, or not for its memory as it is.
+    #[error("its program was replaced, or its memory changed, again and again meanwhile")]
+    Stale,
     /// The process could not be stopped.
     #[error(transparent)]
     Stop(#[from] StopError),

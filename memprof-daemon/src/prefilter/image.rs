@@ -13,6 +13,7 @@ use super::{
     header,
     hooks::Hook,
     layout::Geometry,
+    moves::Move,
     relocate::{JUMP_BYTES, MAX_RELOCATED_BYTES, Refusal, jump},
     stubs::{self, Extent, PatchKind, Template},
 };
@@ -84,6 +85,8 @@ pub struct CodeImage {
     pub patches: Vec<Patch>,
     /// Where the uprobes go: offsets in `bytes`.
     pub sites: Vec<(SiteKind, u64)>,
+    /// Places in the functions and in the image that mean the same.
+    pub moves: Vec<Move>,
 }
 
 /// Whether the allocator's `malloc` may call another function that has a hook: that of
@@ -145,6 +148,7 @@ pub fn assemble_for(
         common: header_bytes,
         bytes: vec![0; header_bytes],
         sites: Vec::new(),
+        moves: Vec::new(),
     };
     image.copy(0..stubs::common_end() as usize, None)?;
     let mut patches = Vec::with_capacity(hooks.len());
@@ -152,7 +156,10 @@ pub fn assemble_for(
         patches.push(image.stub(hook, nests)?);
     }
     let Assembly {
-        mut bytes, sites, ..
+        mut bytes,
+        sites,
+        moves,
+        ..
     } = image;
     bytes.resize(bytes.len().next_multiple_of(PAGE_BYTES), INT3);
     let header = ImageHeader {
@@ -166,6 +173,7 @@ pub fn assemble_for(
         bytes,
         patches: header.patches,
         sites,
+        moves,
     })
 }
 
@@ -190,6 +198,7 @@ struct Assembly {
     common: usize,
     bytes: Vec<u8>,
     sites: Vec<(SiteKind, u64)>,
+    moves: Vec<Move>,
 }
 
 impl Assembly {
@@ -208,7 +217,13 @@ impl Assembly {
             .displaced
             .relocate(real)
             .map_err(|source| ImageError::Relocation { symbol, source })?;
-        self.bytes.extend(relocated);
+        self.bytes.extend(relocated.bytes);
+        self.moves.extend(relocated.moves);
+        let start = hook.displaced.start();
+        self.moves.push(Move {
+            text: start,
+            image: stub,
+        });
         let entry = hook.entry;
         let out_of_reach = ImageError::OutOfReach {
             symbol,
@@ -219,11 +234,19 @@ impl Assembly {
         if !undo.is_empty() {
             let begin = self.at + self.bytes.len() as u64;
             self.bytes.extend(&undo);
+            self.moves.push(Move {
+                text: entry,
+                image: begin,
+            });
             let from = self.at + self.bytes.len() as u64;
             let Some(jump) = jump(from, stub) else {
                 return Err(out_of_reach);
             };
             self.bytes.extend(jump);
+            self.moves.push(Move {
+                text: start,
+                image: from,
+            });
             stub = begin;
         }
         let Some(jump) = jump(entry, stub) else {

@@ -7,7 +7,6 @@ use std::{
     os::unix::fs::FileExt as _,
 };
 
-use memprof_common::prefilter::SiteKind;
 use nix::errno::Errno;
 use rustix::{
     fs::{FlockOperation, flock},
@@ -15,17 +14,11 @@ use rustix::{
 };
 
 use super::{
-    attach::{DataPlace, Image, ModuleHooks, Order},
-    data::SharedData,
+    attach::Order,
     error::PrefilterError,
-    image::{MallocNests, assemble_for, code_bytes},
     inject::{Calls, InjectError},
-    place::free_places,
+    plan::Plan,
     stop::Stopped,
-};
-use crate::{
-    address::FileOffset,
-    process::maps::{MapsEntry, read_maps},
 };
 
 /// How the kernel shows mappings of the memory file.
@@ -36,26 +29,23 @@ const MFD_EXEC: u64 = 0x10;
 pub(super) const PAGE_BYTES: u64 = 4096;
 const NOWHERE: u64 = u64::MAX;
 
-/// What a process has mapped.
-pub(super) struct Mapped {
-    pub(super) image: Image,
-    pub(super) file: File,
-    /// Where to probe, in the file.
-    pub(super) sites: Vec<(SiteKind, FileOffset)>,
-    pub(super) data: Option<SharedData>,
-}
-
-/// Maps data, unless there is some, and the code for every module.
+/// Maps data and code as planned: in seven calls, and one more for each further module. The
+/// memory file.
 ///
 /// # Errors
 ///
-/// [`PrefilterError`]; nothing stays mapped.
-pub(super) fn map(order: &Order<'_>, stopped: &mut Stopped) -> Result<Mapped, PrefilterError> {
+/// [`PrefilterError::Stale`] if the process has mapped something else there since; nothing
+/// stays mapped, whatever has failed.
+pub(super) fn map(
+    order: &Order<'_>,
+    plan: &Plan,
+    stopped: &mut Stopped,
+) -> Result<File, PrefilterError> {
     // An error of ours goes past the calls' own kind of error.
     let mut outcome = None;
     stopped.inject(|calls| {
         let mut ranges = Ranges::default();
-        let mapped = in_file(order, calls, &mut ranges);
+        let mapped = in_file(order, plan, calls, &mut ranges);
         if mapped.is_err() {
             for range in ranges.0 {
                 let length = range.end - range.start;
@@ -75,11 +65,12 @@ struct Ranges(Vec<Range<u64>>);
 /// Makes the memory file and closes it again, whatever happens in between.
 fn in_file(
     order: &Order<'_>,
+    plan: &Plan,
     calls: &mut Calls,
     ranges: &mut Ranges,
-) -> Result<Mapped, PrefilterError> {
+) -> Result<File, PrefilterError> {
     let fd = create_file(calls)?;
-    let mapped = fetch(order, fd).and_then(|file| map_parts(order, calls, fd, file, ranges));
+    let mapped = fetch(order, fd).and_then(|file| map_parts(plan, calls, fd, file, ranges));
     calls.call(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
     mapped
 }
@@ -122,220 +113,91 @@ fn fetch(order: &Order<'_>, fd: u64) -> Result<File, PrefilterError> {
 }
 
 fn map_parts(
-    order: &Order<'_>,
+    plan: &Plan,
     calls: &mut Calls,
     fd: u64,
     file: File,
     ranges: &mut Ranges,
-) -> Result<Mapped, PrefilterError> {
-    let geometry = order.geometry;
-    let code_at = if order.image.is_some() {
-        0
-    } else {
-        geometry.shared_bytes() as u64
-    };
-    let code_length = |module: &ModuleHooks| pages(code_bytes(module.hooks.len()) as u64);
-    let file_bytes = code_at + order.modules.iter().map(code_length).sum::<u64>();
-    file.set_len(file_bytes)
+) -> Result<File, PrefilterError> {
+    file.set_len(plan.file_bytes)
         .map_err(PrefilterError::io("size the memory file"))?;
-    let (place, data) = match &order.image {
-        Some(place) => (place.clone(), None),
-        None => {
-            let mut data = SharedData::new(&file, 0, geometry)
-                .map_err(PrefilterError::io("map the memory file"))?;
-            data.start(order.interval_bytes, order.seed);
-            (map_shared(order, calls, fd, ranges)?, Some(data))
-        }
-    };
-    let maps = read_maps(order.process.pid())?;
-    // One module's functions may call another's.
-    let nests = if order.modules.len() > 1 || order.image.is_some() {
-        MallocNests::Yes
-    } else {
-        MallocNests::No
-    };
-    let mut offset = code_at;
-    let (mut code, mut patches, mut sites) = (Vec::new(), Vec::new(), Vec::new());
-    for module in order.modules {
-        let length = code_length(module);
-        let at = reserve_code(calls, &maps, module, length, fd)?;
-        ranges.0.push(at..at + length);
-        let image = assemble_for(at, place.range.start, place.geometry, &module.hooks, nests)?;
-        if image.bytes.len() as u64 > length {
-            return Err(PrefilterError::NotMapped);
-        }
-        // Whole before it is mapped: the process may run it from then on.
-        file.write_all_at(&image.bytes, offset)
+    // Whole before it is mapped: the process may run it from then on.
+    for code in &plan.code {
+        file.write_all_at(&code.bytes, code.offset)
             .map_err(PrefilterError::io("write the memory file"))?;
-        map_fixed(
-            calls,
-            at..at + length,
-            libc::PROT_READ | libc::PROT_EXEC,
-            libc::MAP_PRIVATE,
-            Some((fd, offset)),
-        )?;
-        code.push(at..at + length);
-        sites.extend(
-            image
-                .sites
-                .iter()
-                .map(|&(kind, within)| (kind, FileOffset(offset + within))),
-        );
-        patches.extend(in_order(image.patches, &module.hooks));
-        offset += length;
     }
-    if order.image.is_none() {
-        map_private(calls, &place)?;
+    let place = &plan.place;
+    let data = libc::PROT_READ | libc::PROT_WRITE;
+    if plan.owns_data {
+        // All of it first: should this daemon die now, nobody else's memory comes to be where its
+        // second part is to be. What is reserved is the file's, and so has its name.
+        let all = place.range.clone();
+        reserve(calls, all, libc::PROT_NONE, Some((fd, 0)), ranges)?;
+        let shared = place.range.start..place.private;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        map_at(calls, &shared, data, flags, Some((fd, 0)))?;
     }
-    // Over all modules: no block is to be freed unseen.
-    patches.sort_by_key(|&(is_free, _)| !is_free);
-    Ok(Mapped {
-        image: Image::new(
-            place,
-            order.image.is_none(),
-            code,
-            patches.into_iter().map(|(_, patch)| patch).collect(),
-        ),
-        file,
-        sites,
-        data,
-    })
-}
-
-/// Each patch, and whether its function gives blocks up.
-fn in_order(
-    patches: Vec<super::image::Patch>,
-    hooks: &[super::hooks::Hook],
-) -> impl Iterator<Item = (bool, super::image::Patch)> + '_ {
-    patches.into_iter().map(|patch| {
-        let is_free = hooks
-            .iter()
-            .any(|hook| hook.entry == patch.address && hook.function.is_free());
-        (is_free, patch)
-    })
-}
-
-/// Reserves room for all data first, so that its parts lie as the stubs expect.
-fn map_shared(
-    order: &Order<'_>,
-    calls: &mut Calls,
-    fd: u64,
-    ranges: &mut Ranges,
-) -> Result<DataPlace, PrefilterError> {
-    let shared = order.geometry.shared_bytes() as u64;
-    let private = order.geometry.private_bytes() as u64;
-    let start = reserve(calls, 0, shared + private, fd)?;
-    let range = start..start + shared + private;
-    ranges.0.push(range.clone());
-    map_fixed(
-        calls,
-        start..start + shared,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_SHARED,
-        Some((fd, 0)),
-    )?;
-    Ok(DataPlace {
-        private: start + shared,
-        geometry: order.geometry,
-        range,
-    })
-}
-
-/// The part of the data that is no file's has no name to be known by: it is mapped once the
-/// header of some code says where it is.
-fn map_private(calls: &mut Calls, place: &DataPlace) -> Result<(), PrefilterError> {
-    map_fixed(
-        calls,
-        place.private..place.range.end,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        None,
-    )?;
-    // A forked child finds zeros there: its stubs are switched off.
-    let advice = u64::from(libc::MADV_WIPEONFORK.unsigned_abs());
-    let length = place.range.end - place.private;
-    calls.call(libc::SYS_madvise, [place.private, length, advice, 0, 0, 0])?;
-    Ok(())
-}
-
-/// Room for a module's stubs, near its code.
-fn reserve_code(
-    calls: &mut Calls,
-    maps: &[MapsEntry],
-    module: &ModuleHooks,
-    length: u64,
-    fd: u64,
-) -> Result<u64, PrefilterError> {
-    let reach: Vec<Range<u64>> = module
-        .hooks
-        .iter()
-        .flat_map(|hook| {
-            let references = hook.displaced.references();
-            references
-                .map(|address| address..address.saturating_add(1))
-                .chain([hook.displaced.range()])
-        })
-        .collect();
-    for place in free_places(maps, &reach, length) {
-        match reserve(calls, place, length, fd) {
-            Ok(at) if at == place => return Ok(at),
-            // Before Linux 4.17 the flag was a hint.
-            Ok(at) => {
-                calls.call(libc::SYS_munmap, [at, length, 0, 0, 0, 0])?;
-            }
-            // Another mapping has come in between.
-            Err(InjectError::Call {
-                source: Errno::EEXIST,
-                ..
-            }) => {}
-            Err(error) => return Err(error.into()),
-        }
+    for code in &plan.code {
+        let protection = libc::PROT_READ | libc::PROT_EXEC;
+        let (at, from) = (code.range.clone(), Some((fd, code.offset)));
+        reserve(calls, at, protection, from, ranges)?;
     }
-    Err(PrefilterError::NoPlace {
-        module: module.path.clone(),
-    })
+    if plan.owns_data {
+        // It is no file's, and has no name to be known by: so it is mapped once the header of
+        // some code says where it is.
+        let private = place.private..place.range.end;
+        let length = private.end - private.start;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        map_at(calls, &private, data, flags, None)?;
+        // A forked child finds zeros there: its stubs are switched off.
+        let advice = u64::from(libc::MADV_WIPEONFORK.unsigned_abs());
+        let arguments = [place.private, length, advice, 0, 0, 0];
+        calls.call(libc::SYS_madvise, arguments)?;
+    }
+    Ok(file)
 }
 
-/// Takes address space: at `place` or, if that is 0, anywhere. It is the file's, though
-/// nothing can be read there: so it has its name, should this daemon die now.
-fn reserve(calls: &mut Calls, place: u64, length: u64, fd: u64) -> Result<u64, InjectError> {
-    let fixed = if place == 0 {
-        0
-    } else {
-        libc::MAP_FIXED_NOREPLACE
-    };
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | fixed;
-    let none = libc::PROT_NONE.unsigned_abs();
-    let flags = flags.unsigned_abs();
-    calls.call(
-        libc::SYS_mmap,
-        [place, length, none.into(), flags.into(), fd, 0],
-    )
-}
-
-/// Maps over what was reserved.
-fn map_fixed(
+/// Maps the file's where there is nothing.
+fn reserve(
     calls: &mut Calls,
     range: Range<u64>,
+    protection: i32,
+    file: Option<(u64, u64)>,
+    ranges: &mut Ranges,
+) -> Result<(), PrefilterError> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    match map_at(calls, &range, protection, flags, file) {
+        Ok(()) => {
+            ranges.0.push(range);
+            Ok(())
+        }
+        // Another mapping has come in between.
+        Err(InjectError::Call {
+            source: Errno::EEXIST,
+            ..
+        }) => Err(PrefilterError::Stale),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn map_at(
+    calls: &mut Calls,
+    range: &Range<u64>,
     protection: i32,
     flags: i32,
     file: Option<(u64, u64)>,
 ) -> Result<(), InjectError> {
     let (fd, offset) = file.unwrap_or((NOWHERE, 0));
-    let flags = (flags | libc::MAP_FIXED).unsigned_abs();
     let length = range.end - range.start;
-    calls.call(
-        libc::SYS_mmap,
-        [
-            range.start,
-            length,
-            protection.unsigned_abs().into(),
-            flags.into(),
-            fd,
-            offset,
-        ],
-    )?;
-    Ok(())
+    let arguments = [
+        range.start,
+        length,
+        protection.unsigned_abs().into(),
+        flags.unsigned_abs().into(),
+        fd,
+        offset,
+    ];
+    calls.call(libc::SYS_mmap, arguments).map(drop)
 }
 
 pub(super) const fn pages(bytes: u64) -> u64 {

@@ -16,6 +16,7 @@ use memprof_common::prefilter::{
 
 use super::{
     attach::Image,
+    remote,
     stop::{Stopped, Thread},
     stop_error::StopError,
     within::mapping_at,
@@ -26,6 +27,8 @@ use crate::process::maps::MapsEntry;
 const MOST_STACK: u64 = 8 << 20;
 const CHUNK: usize = 256 << 10;
 const WORD: u64 = 8;
+/// `orig_rax` of a thread that is in no call.
+const NO_CALL: u64 = u64::MAX;
 /// From a signal frame's start to the saved instruction pointer: `pretcode`, then in the
 /// `ucontext` flags, link, stack (3 words) and 16 registers (include/uapi/asm/sigcontext.h).
 const FRAME_TO_IP: u64 = 8 * (1 + 2 + 3 + 16);
@@ -36,7 +39,7 @@ const FRAME_TO_IP: u64 = 8 * (1 + 2 + 3 + 16);
 ///
 /// The process was killed.
 pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, StopError> {
-    let is_in = |address: u64| image.code.iter().any(|range| range.contains(&address));
+    let is_in = |address: u64| image.has_code_at(address);
     if stopped.threads().any(|thread| is_in(thread.registers.rip)) {
         return Ok(true);
     }
@@ -51,7 +54,7 @@ pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, Sto
     }
     let maps = stopped.maps()?;
     for thread in stopped.threads() {
-        let words = match call_of(stopped, image, thread) {
+        let words = match call_of(image, thread) {
             Call::None => Words::SignalFrames,
             Call::Frame(frame) if has_left(thread, &maps, frame) => Words::SignalFrames,
             Call::Frame(_) => return Ok(true),
@@ -62,6 +65,17 @@ pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, Sto
         }
     }
     Ok(false)
+}
+
+/// Whether a thread is in the image, or in a call that is followed, and would go on at once if
+/// it ran: it is not in a system call.
+pub(super) fn is_passing(image: &Image, maps: &[MapsEntry], thread: &Thread) -> bool {
+    let is_followed = || match call_of(image, thread) {
+        Call::Frame(frame) => !image.is_wiped && !has_left(thread, maps, frame),
+        Call::None | Call::Unmarked => false,
+    };
+    thread.registers.orig_rax == NO_CALL
+        && (image.has_code_at(thread.registers.rip) || is_followed())
 }
 
 /// The call of a thread that the stubs follow.
@@ -83,20 +97,21 @@ enum Words {
     All,
 }
 
-fn call_of(stopped: &Stopped, image: &Image, thread: &Thread) -> Call {
+fn call_of(image: &Image, thread: &Thread) -> Call {
+    const CALL: usize = PRIVATE_CALL - PRIVATE_OWNER;
     let pointer = thread.registers.fs_base;
     let shards = image.data.geometry.shards;
     let home = home_shard(pointer, shards) as usize;
     for probe in 0..SHARD_PROBES {
         let shard = (home + probe) % shards as usize;
         let block = image.data.private + (PRIVATE_FLAG_BYTES + shard * SHARD_BYTES) as u64;
-        let (Some(owner), Some(call)) = (
-            word(stopped, block + PRIVATE_OWNER as u64),
-            word(stopped, block + PRIVATE_CALL as u64),
-        ) else {
+        let mut words = [0; CALL + WORD as usize];
+        if remote::read(thread.tid, block + PRIVATE_OWNER as u64, &mut words).is_err() {
             // Unmapped by the process itself: nobody follows anything.
             return Call::None;
-        };
+        }
+        let [owner, call] = [words.first_chunk(), words.last_chunk()]
+            .map(|word| u64::from_ne_bytes(word.copied().unwrap_or_default()));
         if owner == pointer {
             let is_idle = call == pointer || call == 0;
             return if is_idle {

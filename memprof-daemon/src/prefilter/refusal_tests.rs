@@ -1,9 +1,15 @@
 use super::*;
-use crate::prefilter::{
-    inject::InjectError,
-    testing::{Target, soon, trace},
+use crate::{
+    prefilter::{
+        inject::InjectError,
+        testing::{Target, soon, trace},
+    },
+    process::info::ProcessError,
 };
-use std::process::{Command, Stdio};
+use std::{
+    process::{Command, Stdio},
+    thread,
+};
 
 /// Check that a process that another traces is refused with that one's name, and that
 /// one that is no more is said to be none.

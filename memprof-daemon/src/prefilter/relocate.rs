@@ -6,15 +6,16 @@
 //! places as before, and if none tells anybody where it stands (as a call does by its
 //! return address).
 
+mod copy;
 mod lead;
 
 use std::ops::Range;
 
 use iced_x86::{
-    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderError, DecoderOptions, FlowControl,
-    Instruction, InstructionBlock, Mnemonic, OpKind,
+    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind,
 };
 
+pub use copy::Relocated;
 use lead::Lead;
 
 /// A jump with a 32-bit distance: opcode and distance.
@@ -256,6 +257,12 @@ impl Displaced {
         start..self.end()
     }
 
+    /// Where the function begins: with the instruction that stays, if one does.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.all().next().map_or(self.address, Instruction::ip)
+    }
+
     /// What is to be executed before anything else, where the jump leads to, so that all is as
     /// it was when the function was called.
     #[must_use]
@@ -283,39 +290,6 @@ impl Displaced {
                 .chain(own_reference(instruction))
         });
         own.chain(self.goes_on.then(|| self.end()))
-    }
-
-    /// The instructions to run at `to` in place of the displaced ones, with a jump back
-    /// behind them.
-    ///
-    /// # Errors
-    ///
-    /// What they refer to is out of reach from there.
-    pub fn relocate(&self, to: u64) -> Result<Vec<u8>, Refusal> {
-        let last = to.wrapping_add(MAX_RELOCATED_BYTES as u64);
-        let is_near = |from: u64, target: u64| {
-            let distance = target.wrapping_sub(from).cast_signed();
-            i32::try_from(distance).is_ok()
-        };
-        if let Some(target) = self
-            .references()
-            .find(|&target| !is_near(to, target) || !is_near(last, target))
-        {
-            return Err(Refusal::OutOfReach { from: to, target });
-        }
-        let instructions: Vec<Instruction> = self.all().copied().collect();
-        let block = InstructionBlock::new(&instructions, to);
-        let mut bytes = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
-            .map_err(|_| Refusal::Encoding)?
-            .code_buffer;
-        if self.goes_on {
-            let (from, target) = (to.wrapping_add(bytes.len() as u64), self.end());
-            bytes.extend(jump(from, target).ok_or(Refusal::OutOfReach { from, target })?);
-        }
-        if bytes.len() > MAX_RELOCATED_BYTES {
-            return Err(Refusal::Encoding);
-        }
-        Ok(bytes)
     }
 
     /// Branches among the displaced instructions lead to their copies, and so do not harm;

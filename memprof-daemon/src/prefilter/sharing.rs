@@ -1,9 +1,16 @@
 //! Processes that share the memory of another without being its threads: made by
 //! clone(2) with `CLONE_VM` alone, or vfork(2).
 
-use std::{ffi::c_int, fs, sync::Once};
+use std::{
+    ffi::c_int,
+    fs::File,
+    io::{self, Read as _},
+    os::fd::OwnedFd,
+    sync::Once,
+};
 
 use nix::errno::Errno;
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::stop_error::StopError;
 use crate::process::info::{Stat, read_status, status_field};
@@ -11,14 +18,17 @@ use crate::process::info::{Stat, read_status, status_field};
 /// `KCMP_VM` (include/uapi/linux/kcmp.h).
 const KCMP_VM: c_int = 1;
 
-/// Refuses a process that shares its memory with its parent or with a child of it. `tid`
-/// is a thread of it that has not ended: those that have share none, with each other.
-pub(super) fn check(pid: u32, tid: u32) -> Result<(), StopError> {
+/// Refuses a process that shares its memory with its parent or with a child of it. `threads`
+/// are all of it that have not ended: those that have share none, with each other.
+pub(super) fn check(pid: u32, threads: &[u32]) -> Result<(), StopError> {
+    let Some(&tid) = threads.first() else {
+        return Ok(());
+    };
     let parent = read_status(pid)
         .ok()
         .and_then(|status| status_field(&status, "PPid:"))
         .and_then(|parent| u32::try_from(parent).ok());
-    let mut relatives = children_of(pid);
+    let mut relatives = children_of(pid, threads.iter().copied());
     relatives.extend(parent.filter(|&parent| parent != 0));
     for other in relatives {
         match shares_memory(tid, other) {
@@ -39,26 +49,40 @@ pub(super) fn check(pid: u32, tid: u32) -> Result<(), StopError> {
     Ok(())
 }
 
-/// The children of every thread. None on a kernel without `CONFIG_PROC_CHILDREN`.
-fn children_of(pid: u32) -> Vec<u32> {
-    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return Vec::new();
-    };
+/// The children of `threads` of `pid`. None on a kernel without `CONFIG_PROC_CHILDREN`.
+///
+/// The process stands still, and it may have thousands of threads: so no path is walked twice.
+fn children_of(pid: u32, threads: impl Iterator<Item = u32>) -> Vec<u32> {
     let mut children = Vec::new();
-    for thread in threads.flatten() {
-        match fs::read_to_string(thread.path().join("children")) {
-            Ok(text) => children.extend(
-                text.split_whitespace()
-                    .filter_map(|id| id.parse::<u32>().ok()),
-            ),
-            Err(error) if thread.path().exists() => {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let Ok(tasks) = rustix::fs::open(format!("/proc/{pid}/task"), flags, Mode::empty()) else {
+        return children;
+    };
+    let mut text = Vec::new();
+    for tid in threads {
+        let file = rustix::fs::openat(&tasks, format!("{tid}/children"), flags, Mode::empty());
+        text.clear();
+        let read = file
+            .map_err(io::Error::from)
+            .and_then(|file| File::from(file).read_to_end(&mut text));
+        match read {
+            Ok(_) => {
+                let ids = text.split(u8::is_ascii_whitespace);
+                children.extend(ids.filter_map(|id| str::from_utf8(id).ok()?.parse::<u32>().ok()));
+            }
+            Err(error) if is_there(&tasks, tid) => {
                 say_once(&error.to_string());
                 break;
             }
+            // It has ended.
             Err(_) => {}
         }
     }
     children
+}
+
+fn is_there(tasks: &OwnedFd, tid: u32) -> bool {
+    rustix::fs::statat(tasks, tid.to_string(), AtFlags::empty()).is_ok()
 }
 
 fn shares_memory(a: u32, b: u32) -> Result<bool, Errno> {

@@ -10,7 +10,7 @@ pub(super) enum Step {
     Mapped,
     Probed,
     Enabled,
-    SwitchedOff,
+    Restored,
     Unmapped,
     // Of a stop.
     Seized,
@@ -27,6 +27,7 @@ pub(super) enum Step {
     AtLastStop,
     SignalsRestored,
     RegistersRestored,
+    Moved,
     CodeWritten,
     SetBack,
     LetGo,

@@ -53,6 +53,14 @@ pub enum StopError {
         /// Its state as `/proc/PID/stat` has it.
         state: char,
     },
+    /// A thread was let run out of the way, and waits for something.
+    #[error("thread {tid} of pid {pid} is in the way")]
+    InTheWay {
+        /// The process.
+        pid: u32,
+        /// The thread.
+        tid: u32,
+    },
     /// Another process would see all that is changed, and is not stopped.
     #[error("pid {pid} shares its memory with another process, {other} ({comm})")]
     SharesMemory {

@@ -1,10 +1,17 @@
 use super::*;
-use crate::prefilter::{
-    inject::InjectError,
-    testing::{Target, soon, trace},
+use crate::{
+    prefilter::{
+        halt::{runs_no_code, threads_of},
+        inject::InjectError,
+        testing::{Target, soon, trace},
+        within,
+    },
+    process::info::ProcessError,
 };
 use nix::sys::signal::Signal;
-use std::{collections::HashSet, os::unix::process::ExitStatusExt as _};
+use std::{collections::HashSet, os::unix::process::ExitStatusExt as _, thread};
+
+const PAGE: u64 = 4096;
 
 /// Stops `pid` and makes `calls` calls in it; how long it stood still.
 fn stop_and_call(pid: u32, calls: u32) -> Duration {
@@ -290,17 +297,18 @@ fn failing_calls() {
     target.finish_well();
 }
 
-/// Check that calls can be made in one thread while the others run.
+/// Check that a process is stopped however little of the time that is allowed is left: its
+/// threads wait for a processor, and are not unstoppable.
 #[test]
-fn one_thread() {
-    let target = Target::hazard(&["spinners", "2"]);
-    trace(|tracer| {
-        let mut stopped = Stopped::one(tracer, target.pid(), soon()).unwrap();
-        assert_eq!(stopped.threads().count(), 1);
-        target.until_it_works();
-        let pid = stopped.inject(|calls| calls.call(libc::SYS_getpid, [0; 6]));
-        assert_eq!(pid.unwrap(), u64::from(target.pid()));
-    });
+fn at_the_end_of_the_time() {
+    let target = Target::hazard(&["spinners", "20"]);
+    for _ in 0..20 {
+        trace(|tracer| {
+            let stopped = Stopped::all(tracer, target.pid(), Instant::now()).unwrap();
+            assert_eq!(stopped.threads().count(), 21);
+            stopped.release().unwrap();
+        });
+    }
     target.finish_well();
 }
 

@@ -67,11 +67,6 @@ impl Stopped {
             .filter(|thread| is_writable(thread))
             .cloned()
     }
-
-    /// Whether there is one.
-    pub(super) fn can_call(&self) -> bool {
-        self.victim().is_some()
-    }
 }
 
 /// Whether a word far below the red zone can be read and written.

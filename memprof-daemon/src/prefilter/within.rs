@@ -17,19 +17,32 @@ const MOST_STACK: u64 = 8 << 20;
 const RED_ZONE: u64 = 128;
 const CHUNK: usize = 256 << 10;
 
+/// Whether `address` is behind the first byte and before the end of a range.
+pub(super) fn is_within(ranges: &[Range<u64>], address: u64) -> bool {
+    ranges
+        .iter()
+        .any(|range| range.start < address && address < range.end)
+}
+
+/// Whether a thread is there, or may come back.
 pub(super) fn is_anyone_within(
     threads: &[Thread],
     maps: &[MapsEntry],
     ranges: &[Range<u64>],
 ) -> Result<bool, (u32, Errno)> {
-    let is_within = |address: u64| {
-        ranges
-            .iter()
-            .any(|range| range.start < address && address < range.end)
-    };
-    if threads.iter().any(|thread| is_within(thread.registers.rip)) {
+    let mut threads_at = threads.iter().map(|thread| thread.registers.rip);
+    if threads_at.any(|address| is_within(ranges, address)) {
         return Ok(true);
     }
+    may_anyone_return(threads, maps, ranges)
+}
+
+/// Whether a thread may come back.
+pub(super) fn may_anyone_return(
+    threads: &[Thread],
+    maps: &[MapsEntry],
+    ranges: &[Range<u64>],
+) -> Result<bool, (u32, Errno)> {
     let mut chunk = vec![0; CHUNK];
     for thread in threads.iter().filter(|thread| !thread.is_kernels) {
         let rsp = thread.registers.rsp;
@@ -44,7 +57,7 @@ pub(super) fn is_anyone_within(
             let words = chunk.get_mut(..len).unwrap_or_default();
             remote::read(thread.tid, at, words).map_err(|error| (thread.tid, error))?;
             let mut words = words.as_chunks().0.iter();
-            if words.any(|word| is_within(u64::from_ne_bytes(*word))) {
+            if words.any(|word| is_within(ranges, u64::from_ne_bytes(*word))) {
                 return Ok(true);
             }
             at += len as u64;

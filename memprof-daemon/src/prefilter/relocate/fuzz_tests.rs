@@ -120,7 +120,7 @@ fn case(
     let moved = displaced
         .relocate(to + undo.len() as u64)
         .map_err(|refusal| format!("{refusal}: {:02x?}", function.bytes))?;
-    let code = [undo, moved].concat();
+    let code = [undo, moved.bytes].concat();
     tell(&format!(
         "at {address:#x}, moved to {to:#x}:\n{:02x?}\n{code:02x?}\n{start:x?}",
         function.bytes

@@ -151,7 +151,7 @@ fn first_stays() {
     assert_eq!(displaced.inside(), ADDRESS + 2..ADDRESS + 8);
     assert_eq!(displaced.undo().len(), 8);
     let moved = displaced.relocate(ADDRESS + 0x1000).unwrap();
-    assert_eq!(moved[..8], pushes);
+    assert_eq!(moved.bytes[..8], pushes);
     // endbr64; push r15; ...
     let marked = [&[0xf3, 0x0f, 0x1e, 0xfa], &pushes[..]].concat();
     assert_eq!(behind(&marked), (4, 6));
@@ -217,15 +217,16 @@ fn longest() {
         let displaced = displace(&code(first), ADDRESS).unwrap();
         assert_eq!(displaced.bytes.len(), first.len());
         let to = ADDRESS + 0x1000_0000;
-        let bytes = displaced.relocate(to).unwrap();
-        check_same(&displaced, &bytes, to);
-        assert!(bytes.len() <= MAX_RELOCATED_BYTES);
+        let moved = displaced.relocate(to).unwrap();
+        check_same(&displaced, &moved, to);
+        assert!(moved.bytes.len() <= MAX_RELOCATED_BYTES);
     }
 }
 
 /// Panics unless the `bytes` at `to` mean what the displaced instructions meant: the same
-/// instructions with the same operands, places and goals, and a jump back.
-fn check_same(displaced: &Displaced, bytes: &[u8], to: u64) {
+/// instructions with the same operands, places and goals, and a jump back. A thread at one of
+/// the originals can go on at its copy, unless that has become several.
+fn check_same(displaced: &Displaced, Relocated { bytes, moves }: &Relocated, to: u64) {
     let moved: Vec<Instruction> = Decoder::with_ip(64, bytes, to, DecoderOptions::NONE)
         .into_iter()
         .collect();
@@ -233,8 +234,12 @@ fn check_same(displaced: &Displaced, bytes: &[u8], to: u64) {
     // Where each displaced instruction is now.
     let mut places = BTreeMap::new();
     let mut branches = Vec::new();
+    let mut severals = 0;
     for original in &displaced.instructions {
         let now = rest.next().expect("an instruction");
+        let there = moves.iter().find(|one| one.text == original.ip());
+        assert!(there.is_none_or(|there| there.image == now.ip()));
+        severals += usize::from(there.is_none());
         places.insert(original.ip(), now.ip());
         let Some(target) = branch_target(original) else {
             assert_eq!(original, now, "at {:#x}", original.ip());
@@ -257,6 +262,7 @@ fn check_same(displaced: &Displaced, bytes: &[u8], to: u64) {
             assert_eq!(over.near_branch_target(), there.next_ip());
             assert_eq!(goal, there.ip());
             goal = there.near_branch_target();
+            severals -= 1;
         }
         branches.push((target, goal));
     }
@@ -267,7 +273,10 @@ fn check_same(displaced: &Displaced, bytes: &[u8], to: u64) {
         let back = rest.next().expect("a jump back");
         assert_eq!(back.code(), Code::Jmp_rel32_64);
         assert_eq!(back.near_branch_target(), displaced.end());
+        let behind = moves.last().expect("the jump back");
+        assert_eq!((behind.text, behind.image), (displaced.end(), back.ip()));
     }
+    assert_eq!(severals, 0, "no place to go on at: {bytes:02x?}");
     assert!(rest.next().is_none(), "more than that: {bytes:02x?}");
 }
 
@@ -323,8 +332,8 @@ fn every_function_of_real_libraries() {
             };
             match displace(code, address) {
                 Ok(displaced) => match displaced.relocate(to) {
-                    Ok(bytes) => {
-                        check_same(&displaced, &bytes, to);
+                    Ok(relocated) => {
+                        check_same(&displaced, &relocated, to);
                         moved += 1;
                     }
                     Err(refusal) => panic!("{name} {address:#x}: {refusal}"),

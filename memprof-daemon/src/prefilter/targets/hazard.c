@@ -33,6 +33,15 @@ static void wait_for_end(void) { char byte; while (read(0, &byte, 1) < 0 && errn
 static void *sleeper(void *unused) { for (;;) usleep(20000); return unused; }
 static void *waiter(void *lock) { pthread_mutex_lock(lock); return NULL; }
 static void *spinner(void *unused) { for (;;) counter++; return unused; }
+/* Two loops of the same instructions, each with a counter, and where they are. */
+static volatile uint64_t twins[4];
+static void *twin(void *unused) {
+    __asm__ volatile(
+        "lea 1f(%%rip), %%rax\n mov %%rax, %2\n lea 2f(%%rip), %%rax\n mov %%rax, %3\n"
+        "1: incq %0\n nop\n jmp 1b\n 2: incq %1\n nop\n jmp 2b\n"
+        : "+m"(twins[0]), "+m"(twins[1]), "=m"(twins[2]), "=m"(twins[3]) : : "rax", "memory");
+    return unused;
+}
 
 /* All registers that a program can see the contents of, and the red zone. */
 struct state { uint8_t vectors[16][32]; uint64_t general[8], red_zone[16]; uint32_t mxcsr; uint16_t x87; } __attribute__((aligned(32)));
@@ -169,9 +178,10 @@ int main(int argc, char **argv) {
         pthread_create(&thread, NULL, execs, NULL);
         for (;;) pause();
     }
-    if (IS("vfork")) {
+    if (IS("vfork") || IS("vfork-soon")) {
         ready();
-        if (vfork() == 0) { struct timespec t = {2, 0}; nanosleep(&t, NULL); _exit(0); }
+        while (IS("vfork-soon") && !counter) {} /* Who stops it says when. */
+        if (vfork() == 0) { struct timespec t = {IS("vfork") ? 2 : 0, 500000000}; nanosleep(&t, NULL); _exit(0); }
         wait_for_end();
         return 0;
     }
@@ -182,6 +192,11 @@ int main(int argc, char **argv) {
     if (IS("coroutine")) { /* A stack that is not the thread's own. */
         ready();
         __asm__ volatile("mov %0, %%rsp\n 1: pause\n jmp 1b" : : "r"(stack + sizeof stack - 64));
+    }
+    if (IS("twins")) {
+        counter = (uint64_t)twins;
+        if (pthread_create(&thread, NULL, twin, NULL)) return 93;
+        while (!twins[0]) sched_yield();
     }
     if (IS("leader-gone")) { pthread_create(&thread, NULL, spinner, NULL); ready(); pthread_exit(NULL); }
     pthread_mutex_lock(&lock);
