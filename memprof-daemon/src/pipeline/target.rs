@@ -309,6 +309,8 @@ pub(super) struct Target {
     pub(super) is_hooking: bool,
     /// The last program's prefilter is being taken out, if it is still there.
     pub(super) is_clearing: bool,
+    /// How often what was planned for the present program did not fit.
+    pub(super) stale_plans: u8,
     /// Modules that were found meanwhile.
     pub(super) waiting_modules: Vec<AllocatorModule>,
     /// For how long it stood still.
@@ -377,6 +379,7 @@ impl Target {
             choice: Choice::Open,
             is_hooking: false,
             is_clearing: false,
+            stale_plans: 0,
             waiting_modules: Vec::new(),
             stopped: StoppedTime::default(),
             image_bytes: 0,

@@ -209,6 +209,7 @@ impl Tracer {
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
+        target.stale_plans = 0;
         let stale = target.end_stubs();
         if stale.is_some() {
             // They were in the old program's memory.

@@ -18,6 +18,7 @@ mod mappings;
 mod marks;
 pub(super) mod prefilter;
 mod reporting;
+mod taking_out;
 pub(super) mod targets;
 mod totals;
 

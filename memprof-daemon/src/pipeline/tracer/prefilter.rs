@@ -5,15 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::{Command, Tracer, attaching::SiteBatch, random_seed};
 use crate::{
     export::profile::{Engine, ProbeSite},
     pipeline::{
-        install::{Installation, on_a_thread, take_out},
-        stats::milliseconds,
+        install::{Installation, take_out},
         target::{State, Target, TargetError},
     },
     prefilter::{
@@ -28,6 +26,9 @@ use crate::{
     },
     sample::ImageId,
 };
+
+/// How often a program is looked at again because what was planned for it did not fit.
+const MOST_STALE: u8 = 3;
 
 /// How a target's calls are looked at.
 #[derive(Debug, Default)]
@@ -184,6 +185,10 @@ impl Tracer {
         target.is_hooking = false;
         let waiting = std::mem::take(&mut target.waiting_modules);
         let is_present = target.images.last().is_some_and(|last| last.id == image);
+        if !is_present {
+            // The program that is there now has the same places, and is to get them.
+            target.forget_places(&batch);
+        }
         match result {
             Ok(attached) if is_present => self.keep(pid, batch, attached, time),
             // The program was replaced meanwhile: before it was hooked or after.
@@ -246,11 +251,19 @@ impl Tracer {
             return self.attach_done(pid, batch, Err(AttachError::Exited));
         }
         target.jobs = target.jobs.saturating_sub(1);
-        for place in &batch.places {
-            target.probed.remove(place);
-        }
+        target.forget_places(&batch);
         let is_first = matches!(target.state, State::Attaching);
         let is_late = matches!(target.choice, Choice::Prefilter(_));
+        if matches!(error, PrefilterError::Stale) && !is_first && target.stale_plans < MOST_STALE {
+            // The news of the program that is there now may be on its way, or be lost.
+            target.stale_plans += 1;
+            target.jobs += 1;
+            if let Some(image) = target.images.last().map(|image| image.id) {
+                debug!(pid, %error, "looked at again");
+                self.spawn_rescan(image);
+            }
+            return;
+        }
         if !may_probe {
             if is_first {
                 return self.give_up(pid, TargetError::Prefilter(Box::new(error)));
@@ -265,16 +278,6 @@ impl Tracer {
             target.choice = Choice::Uprobe(Some(error.to_string()));
         }
         self.probe_modules(pid, modules);
-    }
-
-    /// Takes an image out that is not wanted any more. It may be gone.
-    fn discard(&self, pid: u32, image: Image) {
-        let time_limit = self.options.attach_timeout;
-        on_a_thread(Box::new(move || {
-            if let Err(error) = take_out(pid, &image, time_limit) {
-                warn!(pid, %error, "cannot take the prefilter out");
-            }
-        }));
     }
 
     /// Fills up what the stubs take from.
@@ -294,58 +297,16 @@ impl Tracer {
             }
         }
     }
-
-    /// Takes the prefilter out of every target.
-    pub(super) async fn take_all_out(&mut self) {
-        let time_limit = self.options.attach_timeout;
-        let mut outcomes = Vec::new();
-        for (&pid, target) in self.targets.iter_mut() {
-            if !target.is_live() {
-                continue;
-            }
-            let Choice::Prefilter(prefilter) = std::mem::take(&mut target.choice) else {
-                continue;
-            };
-            let (sender, outcome) = oneshot::channel();
-            on_a_thread(Box::new(move || {
-                let result = take_out(pid, &prefilter.image, time_limit);
-                // A lock on its files says that they are in use.
-                drop(prefilter);
-                let _ = sender.send(result);
-            }));
-            outcomes.push((pid, outcome));
-        }
-        for (pid, outcome) in outcomes {
-            match outcome.await {
-                Ok(Ok(stopped)) => {
-                    let longest_stopped_ms = milliseconds(stopped.max);
-                    debug!(pid, longest_stopped_ms, "the prefilter is out");
-                }
-                Ok(Err(error)) => warn!(pid, %error, "cannot take the prefilter out"),
-                Err(_) => warn!(pid, "no thread was left to take the prefilter out"),
-            }
-        }
-    }
-
-    /// Waits for what is being hooked, so that it can be taken out, and for what is being taken
-    /// out: no process may be left half-way.
-    pub(super) async fn settle_hooking(&mut self) {
-        let is_busy = |target: &Target| target.is_hooking || target.is_being_taken_out();
-        while self.targets.values().any(is_busy) {
-            // Twice what one may take: for stopping and for undoing.
-            let limit = 2 * self.options.attach_timeout + Duration::from_secs(1);
-            match tokio::time::timeout(limit, self.commands.recv()).await {
-                Ok(Some(Command::Hooked(hooked))) => self.hooked(*hooked),
-                Ok(Some(Command::TakenOut(taken_out))) => self.taken_out(*taken_out),
-                // Who else asks hears that the tracer has ended.
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => return,
-            }
-        }
-    }
 }
 
 impl Target {
+    /// These are not probed, nor hooked, after all.
+    fn forget_places(&mut self, batch: &SiteBatch) {
+        for place in &batch.places {
+            self.probed.remove(place);
+        }
+    }
+
     /// What the stubs have counted, for the present image.
     pub(in crate::pipeline) fn refresh_stubs(&mut self) {
         if let Choice::Prefilter(prefilter) = &self.choice {
