@@ -57,11 +57,42 @@ impl Unwind {
     }
 }
 
+/// What the map of slots says of a process that is left alone: no slot has this number.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// What BPF keeps of a target; a cache line, so that targets do not share one. The daemon
+/// writes it before the slot is anybody's, and BPF from then on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct TargetState {
+    /// Calls of the target in flight in which another call of the allocator may run. While
+    /// there are none, which is nearly always, no call need look itself up to know that it
+    /// is not nested.
+    pub nesting_calls: u64,
+    /// How often the target has replaced its program.
+    pub epoch: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Where the probe of `malloc` is in the present program, once it was hit.
+    pub malloc_ip: u64,
+    /// When the daemon was last told of unknown code.
+    pub told_ns: u64,
+    /// 0.
+    pub unused: [u64; 4],
+}
+
+const _: () = assert!(size_of::<TargetState>() == 64);
+
 /// The number that the kernel hands to a program with each hit of a probe.
 ///
-/// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39.
+/// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39. Bit 63 says
+/// that the probe is every process's: then there is no slot in it, and the process that hits
+/// it is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachCookie(pub u64);
+
+/// The bit of a probe that is every process's.
+const SHARED: u64 = 1 << 63;
 
 impl AttachCookie {
     /// The cookie of probe site number `site` of the target in `slot`.
@@ -75,6 +106,26 @@ impl AttachCookie {
     #[must_use]
     pub const fn of_site(slot: u16, kind: crate::prefilter::SiteKind) -> Self {
         Self(slot as u64 | (kind as u64) << 32)
+    }
+
+    /// The cookie of probe site number `site` for whatever process hits it.
+    #[must_use]
+    pub const fn shared(site: u16, function: crate::function::Function) -> Self {
+        Self(SHARED | Self::new(0, site, function).0)
+    }
+
+    /// Whether the probe is every process's.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_shared(self) -> bool {
+        self.0 & SHARED != 0
+    }
+
+    /// The same of a shared probe, for the process in `slot`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn in_slot(self, slot: u32) -> Self {
+        Self(self.0 | slot as u64 & 0xffff)
     }
 
     /// The target's slot in the map of targets.
@@ -108,6 +159,21 @@ mod tests {
             let cookie = AttachCookie::new(slot, site, Function::Pvalloc);
             assert_eq!(cookie.slot(), u32::from(slot));
             assert_eq!(cookie.site(), site);
+            assert_eq!(cookie.function_code(), Function::Pvalloc as u8);
+        }
+    }
+
+    /// Check that the cookie of a shared probe is told from others, and gives back its site
+    /// and function whatever slot it is completed with.
+    #[test]
+    fn shared_cookie() {
+        assert!(!AttachCookie::new(u16::MAX, u16::MAX, Function::Pvalloc).is_shared());
+        let shared = AttachCookie::shared(u16::MAX, Function::Pvalloc);
+        for slot in [0, 1023, 0xffff] {
+            let cookie = shared.in_slot(slot);
+            assert!(shared.is_shared() && cookie.is_shared());
+            assert_eq!(cookie.slot(), slot);
+            assert_eq!(cookie.site(), u16::MAX);
             assert_eq!(cookie.function_code(), Function::Pvalloc as u8);
         }
     }

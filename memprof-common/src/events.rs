@@ -14,6 +14,9 @@ pub const KIND_EXEC: u32 = 3;
 /// The kind of an [`UnknownCodeEvent`].
 pub const KIND_UNKNOWN_CODE: u32 = 4;
 
+/// The kind of a [`ClaimEvent`].
+pub const KIND_CLAIM: u32 = 5;
+
 /// A sampled allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -76,6 +79,25 @@ pub struct UnknownCodeEvent {
     pub address: u64,
 }
 
+/// A process that was not known has called an allocator that is probed for all, and has
+/// taken a free slot. No event of it comes before this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ClaimEvent {
+    /// [`KIND_CLAIM`].
+    pub kind: u32,
+    /// The process.
+    pub pid: u32,
+    /// The thread that has called.
+    pub tid: u32,
+    /// The slot that is the process's from now on.
+    pub slot: u32,
+    /// `CLOCK_MONOTONIC`.
+    pub timestamp_ns: u64,
+    /// The thread's name, padded with zeros.
+    pub comm: [u8; COMM_BYTES],
+}
+
 /// `TASK_COMM_LEN`, `include/linux/sched.h`.
 pub const COMM_BYTES: usize = 16;
 
@@ -83,3 +105,4 @@ const _: () = assert!(size_of::<AllocEvent>() == 72);
 const _: () = assert!(size_of::<FreeEvent>() == 32);
 const _: () = assert!(size_of::<ExecEvent>() == 32);
 const _: () = assert!(size_of::<UnknownCodeEvent>() == 24);
+const _: () = assert!(size_of::<ClaimEvent>() == 40);

@@ -10,6 +10,10 @@ pub const MAX_STACK_DEPTH: usize = 127;
 /// targets.
 pub const MAX_TARGETS: u32 = 1024;
 
+/// How many processes BPF can know by pid: those that are traced, and those that are left
+/// alone although probes that are every process's trap them.
+pub const MAX_KNOWN_PROCESSES: u32 = 1 << 16;
+
 /// Default number of bytes in the event ring; a power of two and a multiple of
 /// the page size.
 pub const DEFAULT_RING_BYTES: u32 = 8 << 20;

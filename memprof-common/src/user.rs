@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]
 
 use crate::{
-    config::TargetConfig,
+    config::{TargetConfig, TargetState},
     counters::TargetCounters,
     live::{LiveKey, LiveValue},
     stack::{StackKey, StackRecord},
@@ -13,6 +13,8 @@ use crate::{
 // SAFETY: each is `repr(C)` of integers without padding (sizes asserted where
 // they are defined), so every bit pattern is a value and every byte is defined.
 unsafe impl aya::Pod for TargetConfig {}
+// SAFETY: as above.
+unsafe impl aya::Pod for TargetState {}
 // SAFETY: as above.
 unsafe impl aya::Pod for TargetCounters {}
 // SAFETY: as above.

@@ -2,8 +2,8 @@
 
 use memprof_common::{
     events::{
-        AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE,
-        KIND_UNKNOWN_CODE, UnknownCodeEvent,
+        AllocEvent, COMM_BYTES, ClaimEvent, ExecEvent, FreeEvent, KIND_ALLOC, KIND_CLAIM,
+        KIND_EXEC, KIND_FREE, KIND_UNKNOWN_CODE, UnknownCodeEvent,
     },
     function::Function,
     live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
@@ -11,7 +11,7 @@ use memprof_common::{
 };
 use thiserror::Error;
 
-use crate::sample::{AllocKey, AllocSample, FreeSample, ImageId, Sample, StackId};
+use crate::sample::{AllocKey, AllocSample, Claim, FreeSample, ImageId, Sample, StackId};
 
 /// A record that does not say what it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -53,6 +53,13 @@ impl Reader<'_> {
 
     fn u64(&mut self) -> u64 {
         u64::from_ne_bytes(self.take())
+    }
+
+    /// A name, up to the first zero.
+    fn comm(&mut self) -> String {
+        let comm: [u8; COMM_BYTES] = self.take();
+        let comm = comm.split(|&byte| byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(comm).into_owned()
     }
 
     fn key(&mut self) -> LiveKey {
@@ -116,20 +123,34 @@ pub fn decode(record: &[u8]) -> Result<Sample, DecodeError> {
         }
         KIND_EXEC => {
             require(record, size_of::<ExecEvent>())?;
+            require(record, size_of::<ExecEvent>())?;
             let image = ImageId {
                 pid: reader.u32(),
                 epoch: reader.u32(),
             };
             let by_other_thread = reader.u32() != 0;
-            let comm: [u8; COMM_BYTES] = reader.take();
-            let comm = comm.split(|&byte| byte == 0).next().unwrap_or_default();
             Ok(Sample::Exec {
                 image,
                 by_other_thread,
-                comm: String::from_utf8_lossy(comm).into_owned(),
+                comm: reader.comm(),
             })
         }
+        KIND_CLAIM => {
+            require(record, size_of::<ClaimEvent>())?;
+            let pid = reader.u32();
+            let tid = reader.u32();
+            let slot = reader.u32();
+            let timestamp_ns = reader.u64();
+            let comm = reader.comm();
+            Ok(Sample::Claim(Claim {
+                pid,
+                slot,
+                timestamp_ns,
+                comm: (tid == pid).then_some(comm),
+            }))
+        }
         KIND_UNKNOWN_CODE => {
+            require(record, size_of::<UnknownCodeEvent>())?;
             require(record, size_of::<UnknownCodeEvent>())?;
             let image = ImageId {
                 pid: reader.u32(),
@@ -254,6 +275,30 @@ mod tests {
                 comm: "sqlite3".to_owned()
             })
         );
+    }
+
+    /// Check that a claim decodes, and that a thread's name is not taken for the process's.
+    #[test]
+    fn claim_event_decodes() {
+        let record = |tid: u32| {
+            let words = [KIND_CLAIM, 7, tid, 1023];
+            let mut record: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+            record.extend(11_u64.to_ne_bytes());
+            record.extend(*b"redis-server\0\0\0\0");
+            assert_eq!(record.len(), size_of::<ClaimEvent>());
+            record
+        };
+        let claim = |comm| {
+            Ok(Sample::Claim(Claim {
+                pid: 7,
+                slot: 1023,
+                timestamp_ns: 11,
+                comm,
+            }))
+        };
+        assert_eq!(decode(&record(7)), claim(Some("redis-server".to_owned())));
+        assert_eq!(decode(&record(8)), claim(None));
+        assert!(decode(record(7).get(..39).unwrap()).is_err());
     }
 
     /// Check that every prefix of a record, unknown kinds and unknown functions

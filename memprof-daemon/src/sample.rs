@@ -85,6 +85,8 @@ pub enum Sample {
         /// Its name.
         comm: String,
     },
+    /// A process that was not known has taken a slot.
+    Claim(Claim),
     /// A stack led to code that BPF was not told of.
     UnknownCode {
         /// Whose.
@@ -92,4 +94,18 @@ pub enum Sample {
         /// A return address in it.
         address: u64,
     },
+}
+
+/// A process that called an allocator which is probed for all, and was not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Process id.
+    pub pid: u32,
+    /// The slot it has taken.
+    pub slot: u32,
+    /// `CLOCK_MONOTONIC`.
+    pub timestamp_ns: u64,
+    /// Its name; none if another thread than the first, which may be called otherwise, has
+    /// called.
+    pub comm: Option<String>,
 }

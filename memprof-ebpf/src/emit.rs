@@ -2,13 +2,13 @@
 
 use aya_ebpf::{
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
-    helpers::generated::bpf_ktime_get_ns,
+    helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns},
     maps::ring_buf::RingBufEntry,
 };
 use memprof_common::{
     events::{
-        AllocEvent, COMM_BYTES, ExecEvent, FreeEvent, KIND_ALLOC, KIND_EXEC, KIND_FREE,
-        KIND_UNKNOWN_CODE, UnknownCodeEvent,
+        AllocEvent, COMM_BYTES, ClaimEvent, ExecEvent, FreeEvent, KIND_ALLOC, KIND_CLAIM,
+        KIND_EXEC, KIND_FREE, KIND_UNKNOWN_CODE, UnknownCodeEvent,
     },
     live::{LiveKey, LiveValue},
 };
@@ -71,6 +71,32 @@ pub(crate) fn free(key: &LiveKey, alloc_timestamp_ns: u64) -> bool {
     true
 }
 
+/// Room for a claim event, if there is any.
+#[inline(always)]
+pub(crate) fn reserve_claim() -> Option<RingBufEntry<ClaimEvent>> {
+    EVENTS.reserve::<ClaimEvent>(0)
+}
+
+/// Fills and sends a claim event of the current thread.
+#[inline(always)]
+pub(crate) fn submit_claim(
+    mut event: RingBufEntry<ClaimEvent>,
+    pid: u32,
+    slot: u32,
+    comm: [u8; COMM_BYTES],
+) {
+    event.write(ClaimEvent {
+        kind: KIND_CLAIM,
+        pid,
+        tid: bpf_get_current_pid_tgid() as u32,
+        slot,
+        // SAFETY: takes nothing, returns a number.
+        timestamp_ns: unsafe { bpf_ktime_get_ns() },
+        comm,
+    });
+    event.submit(URGENT);
+}
+
 /// Sends an exec event; false if there is no room.
 #[inline(always)]
 pub(crate) fn exec(pid: u32, epoch: u32, by_other_thread: bool, comm: [u8; COMM_BYTES]) -> bool {
@@ -109,7 +135,7 @@ pub(crate) fn unknown_code(hit: &Hit, address: u64) {
     };
     event.write(UnknownCodeEvent {
         kind: KIND_UNKNOWN_CODE,
-        pid: hit.target.pid,
+        pid: hit.pid,
         epoch: hit.epoch,
         reserved: 0,
         address,

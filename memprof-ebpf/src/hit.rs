@@ -6,33 +6,23 @@ use aya_ebpf::{
     programs::ProbeContext,
 };
 use memprof_common::{
-    config::{AttachCookie, TargetConfig},
+    config::{AttachCookie, TargetConfig, TargetState},
     function::Function,
     live::LiveKey,
     totals::totals_index,
 };
 
-use crate::maps::{STATES, TARGETS};
-
-/// What BPF keeps of a target; a cache line, so that targets do not share one.
-#[repr(C, align(64))]
-pub(crate) struct TargetState {
-    /// Calls of the target in `IN_FLIGHT` in which another call of the allocator
-    /// may run. While there are none, which is nearly always, no call need look
-    /// itself up to know that it is not nested.
-    pub(crate) nesting_calls: u64,
-    /// How often the target has replaced its program.
-    pub(crate) epoch: u32,
-    /// Where the probe of `malloc` is in the present program, once it was hit.
-    pub(crate) malloc_ip: u64,
-    /// When the daemon was last told of unknown code.
-    pub(crate) told_ns: u64,
-}
+use crate::{
+    claim,
+    maps::{STATES, TARGETS},
+};
 
 /// One hit.
 pub(crate) struct Hit {
     pub(crate) cookie: AttachCookie,
     pub(crate) slot: u32,
+    /// The process.
+    pub(crate) pid: u32,
     pub(crate) target: &'static TargetConfig,
     pub(crate) state: *mut TargetState,
     /// The program that the target runs.
@@ -41,17 +31,25 @@ pub(crate) struct Hit {
 
 impl Hit {
     /// None if the daemon has not told of the target, which it does before it
-    /// attaches anything.
+    /// attaches anything; or, of a probe that is every process's, if the process is to be
+    /// left alone, or no slot is free.
     #[inline(always)]
     pub(crate) fn new(ctx: *mut core::ffi::c_void) -> Option<Self> {
         // SAFETY: `ctx` is the context that the kernel gave to this program.
-        let cookie = AttachCookie(unsafe { bpf_get_attach_cookie(ctx) });
+        let mut cookie = AttachCookie(unsafe { bpf_get_attach_cookie(ctx) });
+        let mut process = 0;
+        if cookie.is_shared() {
+            process = claim::current_process();
+            cookie = cookie.in_slot(claim::slot_of(process)?);
+        }
         let slot = cookie.slot();
         let target = TARGETS.get(slot)?;
         let state = STATES.get_ptr_mut(slot)?;
         Some(Self {
             cookie,
             slot,
+            // A slot that was claimed a moment ago has no pid in it.
+            pid: if process == 0 { target.pid } else { process },
             target,
             state,
             // SAFETY: a map value; written while the target has no other thread.
@@ -99,7 +97,7 @@ impl Hit {
     #[inline(always)]
     pub(crate) fn live_key(&self, addr: u64) -> LiveKey {
         LiveKey {
-            pid: self.target.pid,
+            pid: self.pid,
             epoch: self.epoch,
             addr,
         }

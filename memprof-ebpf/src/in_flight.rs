@@ -6,13 +6,13 @@
 
 use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use memprof_common::{
-    config::AttachCookie,
+    config::{AttachCookie, TargetState},
     live::{LiveKey, LiveValue},
 };
 
 use crate::{
     atomic,
-    hit::{Hit, TargetState},
+    hit::Hit,
     maps::{IN_FLIGHT, STATES, TAKEN},
 };
 

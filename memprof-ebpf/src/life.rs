@@ -2,7 +2,7 @@
 
 use aya_ebpf::{EbpfContext as _, programs::RawTracePointContext};
 use aya_log_ebpf::{info, warn};
-use memprof_common::counters::DropReason;
+use memprof_common::{config::NO_SLOT, counters::DropReason};
 
 use crate::{
     counters::count,
@@ -19,6 +19,11 @@ pub(crate) fn exec(ctx: &RawTracePointContext) {
     let Some(&slot) = (unsafe { SLOTS.get(pid) }) else {
         return;
     };
+    if slot == NO_SLOT {
+        // Another program, which may be one that is to be traced.
+        let _ = SLOTS.remove(pid);
+        return;
+    }
     // The call that `execve` interrupted in another thread, or left in this one.
     forget(current_thread());
     // `trace_sched_process_exec(current, old_pid, bprm)` in `fs/exec.c`: the

@@ -4,7 +4,7 @@
 //! Read it in the order of the data path: this file's entry points, then
 //! `alloc` (an allocating call from entry to return), `free`, `site` (what the prefilter
 //! passes on of both), and what they use:
-//! `hit` (whose call it is), `totals` (what every call adds to), `in_flight`
+//! `hit` and `claim` (whose call it is), `totals` (what every call adds to), `in_flight`
 //! (calls between entry and return), `stack` and `unwind`, `tail_calls` (the same for old
 //! kernels), `live` (sampled blocks not yet freed) and `emit` (the ring).
 //!
@@ -22,6 +22,7 @@
 
 mod alloc;
 mod atomic;
+mod claim;
 mod counters;
 mod emit;
 mod free;

@@ -4,14 +4,14 @@
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray, Queue, RingBuf},
 };
 use memprof_common::{
-    config::TargetConfig,
+    config::{TargetConfig, TargetState},
     counters::TargetCounters,
     limits::{
         DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
-        MAX_TARGETS,
+        MAX_KNOWN_PROCESSES, MAX_TARGETS,
     },
     live::{LiveKey, LiveValue},
     occupancy::Occupancy,
@@ -20,7 +20,6 @@ use memprof_common::{
 };
 
 use crate::{
-    hit::TargetState,
     in_flight::{InFlightCall, TakenBlock},
     stack::Scratch,
 };
@@ -33,8 +32,8 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(DEFAULT_RING_BYTES, 
 #[map]
 pub(crate) static TARGETS: Array<TargetConfig> = Array::with_max_entries(MAX_TARGETS, 0);
 
-/// What BPF itself keeps of each target. Only BPF writes it: the daemon rewrites
-/// `TARGETS` at will and would undo a count in there.
+/// What BPF itself keeps of each target. Only BPF writes it while the slot is a target's:
+/// the daemon rewrites `TARGETS` at will and would undo a count in there.
 #[map]
 pub(crate) static STATES: Array<TargetState> = Array::with_max_entries(MAX_TARGETS, 0);
 
@@ -44,9 +43,21 @@ pub(crate) static STATES: Array<TargetState> = Array::with_max_entries(MAX_TARGE
 pub(crate) static TOTALS: PerCpuArray<TargetTotals> =
     PerCpuArray::with_max_entries(TOTALS_ENTRIES, 0);
 
-/// Slots of traced processes by pid, for the tracepoints, which have no cookie.
+/// Slots of traced processes by pid, for the tracepoints, which have no cookie, and for
+/// probes that are every process's; [`memprof_common::config::NO_SLOT`] of those that such
+/// probes are to leave alone. Not preallocated: most daemons have a few processes in it.
 #[map]
-pub(crate) static SLOTS: HashMap<u32, u32> = HashMap::with_max_entries(MAX_TARGETS, 0);
+pub(crate) static SLOTS: HashMap<u32, u32> =
+    HashMap::with_max_entries(MAX_KNOWN_PROCESSES, BPF_F_NO_PREALLOC);
+
+/// Slots that are nobody's and made ready, for processes that turn up.
+#[map]
+pub(crate) static FREE_SLOTS: Queue<u32> = Queue::with_max_entries(MAX_TARGETS, 0);
+
+/// How many calls were not looked at, since no slot was free for their process or the ring
+/// had no room to tell of it.
+#[map]
+pub(crate) static UNCLAIMED_CALLS: Array<u64> = Array::with_max_entries(1, 0);
 
 /// Losses by slot.
 #[map]

@@ -29,7 +29,7 @@ pub(crate) fn send(start: &Start, hit: &Hit, record: &StackRecord) {
     // SAFETY: `copy` points to room for the whole record, of which every field up to
     // `copy` is written here.
     unsafe {
-        (*copy).pid = hit.target.pid;
+        (*copy).pid = hit.pid;
         (*copy).epoch = hit.epoch;
         (*copy).ip = start.ip;
         (*copy).sp = start.sp;

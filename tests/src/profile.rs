@@ -78,6 +78,8 @@ pub struct Process {
     pub go_refusal: Option<String>,
     /// For how long it was traced.
     pub traced_s: f64,
+    /// What it has from its parent.
+    pub inherited: Option<Inherited>,
     /// All calls, counted exactly.
     pub totals: Option<CallTotals>,
     /// Allocating calls by size.
@@ -111,6 +113,17 @@ pub struct Go {
     pub since_start: bool,
     /// Why the last try to read it failed.
     pub failure: Option<String>,
+}
+
+/// What a forked process has from its parent.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub struct Inherited {
+    /// The parent.
+    pub parent_pid: u32,
+    /// Blocks that it held.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 /// A container.

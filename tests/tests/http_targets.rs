@@ -5,7 +5,7 @@ use std::path::Path;
 
 use memprof_tests::{
     Daemon, Profile, Running, TempDir, Totals, code::AllocatorCode, daemon::eventually, http,
-    target,
+    target, targets::freestanding,
 };
 use serde_json::Value;
 
@@ -217,5 +217,40 @@ fn windows() {
     let text = daemon.get("/v1/profile?seconds=1&format=text").body;
     let text = String::from_utf8(text).expect("text");
     assert!(text.contains("+0 B"), "{text}");
+    daemon.stop();
+}
+
+/// Check that slots come back: of processes that cannot be traced, more of which are asked for
+/// than can be traced at a time, and of those that are let go.
+#[test]
+fn slots_are_given_back() {
+    let dir = TempDir::new("slots");
+    let (first, second) = (start("hold.c"), start("hold.c"));
+    let daemon = Daemon::start(&dir, &[first.pid()], &[]);
+    let free = || daemon.stats()["free_slots"].as_u64().expect("a number");
+    let before = free();
+
+    let mut without = Running::spawn(&mut freestanding("no_allocator.c").command(&[]));
+    without.wait_stdout(|line| line == "ready");
+    let body = format!("{{\"pid\": {}}}", without.pid());
+    for attempt in 0..1100 {
+        let refused = send(&daemon, "POST", "/v1/targets", &body).json();
+        let error = refused["error"].as_str().unwrap_or_default();
+        assert!(error.contains("no known allocator"), "{attempt}: {refused}");
+    }
+    let path = format!("/v1/targets/{}", second.pid());
+    let body = format!("{{\"pid\": {}}}", second.pid());
+    for _ in 0..10 {
+        assert_eq!(send(&daemon, "POST", "/v1/targets", &body).status, 201);
+        assert_eq!(send(&daemon, "DELETE", &path, "").status, 200);
+    }
+    eventually(|| (free() == before).then_some(()));
+
+    without.close_stdin();
+    without.finish().expect_code(0);
+    for mut process in [first, second] {
+        process.close_stdin();
+        process.finish().expect_code(0);
+    }
     daemon.stop();
 }

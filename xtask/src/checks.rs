@@ -40,7 +40,7 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 23] = [
+const ONCE: [&str; 24] = [
     "config",
     "containers",
     "debuginfod",
@@ -60,6 +60,7 @@ const ONCE: [&str; 23] = [
     "ps",
     "service",
     "symbols",
+    "system",
     "table_delay",
     "unwind_gdb",
     "unwind_places",

@@ -120,6 +120,8 @@ impl TraceArgs {
                 in_flight_entries: self.in_flight_entries,
             },
             probe_mode: self.probe,
+            all: false,
+            keep_exited: None,
             attach_timeout: self.attach_timeout,
             unwind: self.unwind.into(),
             walker: self.walk,

@@ -6,12 +6,12 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::{
-    args::{TraceArgs, parse_seconds},
+    args::{TraceArgs, parse_seconds, parse_wait},
     file::Source,
     listen::ListenArgs,
     names::NamesArgs,
     privileges::Kept,
-    record::announce,
+    record::{announce, announce_all},
     signals::Interrupts,
     upkeep::Upkeep,
 };
@@ -21,7 +21,7 @@ use crate::{
     pipeline::{
         dump::{DumpOptions, dump_forever, dump_once},
         service::Service,
-        tracer::Tracer,
+        tracer::{Tracer, TracerOptions},
     },
 };
 
@@ -41,9 +41,20 @@ pub(super) struct DaemonArgs {
         num_args = 1..,
         value_delimiter = ',',
         value_parser = clap::value_parser!(u32).range(1..),
-        required = true
+        required_unless_present = "all",
+        conflicts_with = "all"
     )]
     pids: Vec<u32>,
+
+    /// Trace every process, present and future, that maps a known allocator; none is written
+    /// to
+    #[arg(short = 'a', long)]
+    all: bool,
+
+    /// Forget a process so long after its end; what it has counted stays in sums [default:
+    /// 60 with -a, else never]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_wait)]
+    keep_exited: Option<Duration>,
 
     #[command(flatten)]
     listen: ListenArgs,
@@ -76,7 +87,18 @@ pub(super) struct DaemonArgs {
     trace: TraceArgs,
 }
 
+/// How long ended processes are kept if every process is traced.
+const KEEP_EXITED: Duration = Duration::from_secs(60);
+
 impl DaemonArgs {
+    fn options(&self) -> TracerOptions {
+        TracerOptions {
+            all: self.all,
+            keep_exited: self.keep_exited.or(self.all.then_some(KEEP_EXITED)),
+            ..self.trace.options()
+        }
+    }
+
     /// The settings that can be changed while it runs.
     pub(super) fn change(&self) -> ConfigChange {
         ConfigChange {
@@ -108,6 +130,7 @@ async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow:
     let listeners = args.listen.bind().await?;
     // Threads that are started from here on have no more than what is left.
     kept.give_up_others()?;
+    let options = args.options();
     let dump = match (args.dump_every, args.dump_dir) {
         (Some(every), Some(dir)) => {
             let options = DumpOptions {
@@ -122,7 +145,23 @@ async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow:
         _ => None,
     };
     let symbolizer = args.names.start()?;
-    let tracer = Tracer::start(args.trace.options())?;
+    let tracer = Tracer::start(options)?;
+    if args.all {
+        let all = tokio::select! {
+            all = tracer.trace_all() => all,
+            _ = interrupts.next() => {
+                tracer.stop().await;
+                return Ok(ExitCode::SUCCESS);
+            }
+        };
+        match all {
+            Ok(everyone) => announce_all(&everyone),
+            Err(error) => {
+                tracer.stop().await;
+                return Err(error.into());
+            }
+        }
+    }
     for &pid in &args.pids {
         let attached = tokio::select! {
             attached = tracer.attach(pid) => attached,

@@ -28,15 +28,15 @@ use crate::{
     pipeline::{
         service::Service,
         target::{Attached, TargetError},
-        tracer::{Tracer, TracerHandle},
+        tracer::{Everyone, Tracer, TracerHandle, TracerOptions},
     },
     probe::launch::{Held, Launched, exit_code, launch},
 };
 
 /// Record a profile of running processes, or of a command.
 ///
-/// With -p it ends after -d, on Ctrl-C, or when the last process exits; with a
-/// command it ends with it and has its exit status. The profile is written in
+/// With -p it ends after -d, on Ctrl-C, or when the last process exits; with -a after -d or
+/// on Ctrl-C; with a command it ends with it and has its exit status. The profile is written in
 /// every case. Children of a process are not followed.
 #[derive(Debug, Args)]
 pub(super) struct RecordArgs {
@@ -48,10 +48,15 @@ pub(super) struct RecordArgs {
         num_args = 1..,
         value_delimiter = ',',
         value_parser = clap::value_parser!(u32).range(1..),
-        required_unless_present = "command",
-        conflicts_with = "command"
+        required_unless_present_any = ["command", "all"],
+        conflicts_with_all = ["command", "all"]
     )]
     pids: Vec<u32>,
+
+    /// Trace every process that maps a known allocator, until -d or Ctrl-C; none is written
+    /// to
+    #[arg(short = 'a', long, conflicts_with = "command")]
+    all: bool,
 
     /// End after this many seconds
     #[arg(short = 'd', long, value_name = "SECONDS", value_parser = parse_seconds)]
@@ -96,13 +101,18 @@ pub(super) fn run(args: RecordArgs) -> anyhow::Result<ExitCode> {
 async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::new().context("cannot catch signals")?;
     let symbolizer = args.names.start()?;
-    let tracer = Tracer::start(args.trace.options())?;
+    let tracer = Tracer::start(TracerOptions {
+        all: args.all,
+        ..args.trace.options()
+    })?;
     let service = Service {
         tracer: tracer.clone(),
         symbolizer,
     };
 
-    let started = if args.command.is_empty() {
+    let started = if args.all {
+        attach_everyone(&tracer, &mut interrupts).await
+    } else if args.command.is_empty() {
         attach_all(&tracer, &args.pids, &mut interrupts).await
     } else {
         start_command(&tracer, &args.command).await.map(Some)
@@ -117,7 +127,7 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
 
     let command = launched.map(CommandWait::new);
     match &command {
-        None => wait_for_processes(&tracer, args.duration, &mut interrupts).await,
+        None => wait_for_processes(&tracer, args.all, args.duration, &mut interrupts).await,
         Some(command) => command.watch(&tracer, args.duration, &mut interrupts).await,
     }
 
@@ -189,6 +199,28 @@ async fn attach_all(
     Ok(None)
 }
 
+/// Traces every process.
+async fn attach_everyone(
+    tracer: &TracerHandle,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<Option<Launched>> {
+    let everyone = tokio::select! {
+        everyone = tracer.trace_all() => everyone?,
+        _ = interrupts.next() => anyhow::bail!("interrupted while attaching"),
+    };
+    announce_all(&everyone);
+    Ok(None)
+}
+
+/// Says what is probed in all processes. Scripts wait for this line.
+pub(super) fn announce_all(everyone: &Everyone) {
+    eprintln!(
+        "memprof: recording all processes: {} probe sites in {}",
+        everyone.sites,
+        everyone.modules.join(", ")
+    );
+}
+
 /// Says what is being traced. Scripts wait for this line.
 pub(super) fn announce(attached: &Attached) {
     let Attached { pid, comm, .. } = attached;
@@ -236,6 +268,7 @@ async fn start_command(tracer: &TracerHandle, command: &[OsString]) -> anyhow::R
 /// Until the time is up, a signal comes, or the last process has exited.
 async fn wait_for_processes(
     tracer: &TracerHandle,
+    all: bool,
     duration: Option<Duration>,
     interrupts: &mut Interrupts,
 ) {
@@ -246,7 +279,8 @@ async fn wait_for_processes(
         tokio::select! {
             () = &mut deadline => break,
             _ = interrupts.next() => break,
-            () = tracer.all_exited() => break,
+            // Where all are traced, others come.
+            () = tracer.all_exited(), if !all => break,
             () = progress.tick(tracer) => {}
         }
     }

@@ -15,7 +15,7 @@ use self::frames::{Frames, Written};
 use crate::export::{
     go::GoObject,
     numbers::{Numbers, by_inuse},
-    profile::{Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
+    profile::{Inherited, Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
     totals::{CallTotals, SizeClass},
 };
 
@@ -137,6 +137,7 @@ struct Process<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     go_refusal: Option<&'a str>,
     traced_s: f64,
+    inherited: Option<Inherited>,
     memory: Option<Memory>,
     totals: Option<CallTotals>,
     size_histogram: Option<&'a [SizeClass]>,
@@ -169,6 +170,7 @@ impl<'a> Process<'a> {
             go: process.go.as_ref().map(GoObject::from),
             go_refusal: process.go_refusal.as_deref(),
             traced_s: seconds(process.traced),
+            inherited: process.inherited,
             memory: process.memory.map(|memory| Memory {
                 rss_bytes: memory.rss_bytes,
                 rss_anon_bytes: memory.rss_anon_bytes,

@@ -50,6 +50,10 @@ pub struct Metrics {
     pub failed_sweeps: u64,
     /// Records of the ring that made no sense.
     pub undecodable_events: u64,
+    /// Calls that were not looked at for want of a slot.
+    pub unclaimed_calls: u64,
+    /// Processes that can be traced besides those that are.
+    pub free_slots: u64,
     /// The longest that one piece of work has kept others waiting.
     pub longest_round: Duration,
     /// All targets.
@@ -280,6 +284,16 @@ impl Scrape {
             "memprof_failed_sweeps",
             "Sweeps that could not read the live map",
             metrics.failed_sweeps,
+        )?;
+        out.counter(
+            "memprof_unclaimed_calls",
+            "Calls of processes that were not looked at, since no slot was free for them",
+            metrics.unclaimed_calls,
+        )?;
+        out.gauge(
+            "memprof_free_slots",
+            "Processes that can be traced besides those that are",
+            metrics.free_slots,
         )?;
         out.counter(
             "memprof_undecodable_events",

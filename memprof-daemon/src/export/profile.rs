@@ -7,6 +7,7 @@ use std::{
 };
 
 use memprof_common::unwind::walk::StackEnd;
+use serde::Serialize;
 
 pub use crate::process::{info::ProcessMemory, origin::Origin};
 use crate::{
@@ -114,6 +115,18 @@ impl Engine {
     }
 }
 
+/// What a forked process has from its parent: an estimate, of the moment at which the child
+/// made its first call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Inherited {
+    /// The parent.
+    pub parent_pid: u32,
+    /// Blocks that it held.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
 /// The profile of one process image.
 #[derive(Clone, Debug)]
 pub struct ProcessProfile {
@@ -138,6 +151,9 @@ pub struct ProcessProfile {
     pub losses: BTreeMap<&'static str, u64>,
     /// For how long it was traced.
     pub traced: Duration,
+    /// What it has from its parent, which is in that one's profile and not in this; none if
+    /// it is no copy of a process that is traced.
+    pub inherited: Option<Inherited>,
     /// All of its calls, counted exactly; none if they are not known.
     pub totals: Option<ExactTotals>,
     /// What is told of a Go program whose own profile this is.

@@ -15,8 +15,8 @@ use crate::{
     address::{AbsAddr, FileOffset},
     export::{
         profile::{
-            Engine, Origin, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile, Profile,
-            StackProfile,
+            Engine, Inherited, Origin, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile,
+            Profile, StackProfile,
         },
         totals::{CallTotals, ExactTotals, SizeClass},
     },
@@ -131,6 +131,7 @@ pub(crate) fn profile() -> Profile {
                     virtual_bytes: 900_000_000,
                 }),
                 traced: Duration::from_millis(30_042),
+                inherited: None,
                 totals: Some(totals()),
                 losses: BTreeMap::from([("alloc_ring_full", 12), ("live_map_full", 0)]),
                 go: None,
@@ -150,6 +151,11 @@ pub(crate) fn profile() -> Profile {
                 engine: Engine::UprobeSince("it is traced by gdb (pid 7)".to_owned()),
                 memory: None,
                 traced: Duration::from_millis(12),
+                inherited: Some(Inherited {
+                    parent_pid: 4242,
+                    objects: 3,
+                    bytes: 4096,
+                }),
                 totals: None,
                 losses: BTreeMap::new(),
                 go: None,

@@ -240,6 +240,10 @@ impl ImageBooks {
         self.live.len() as u64
     }
 
+    pub(super) fn live_addresses(&self) -> impl Iterator<Item = u64> + '_ {
+        self.live.keys().copied()
+    }
+
     pub(super) fn stacks(&self) -> impl Iterator<Item = (StackId, StackCounters)> + '_ {
         self.stacks
             .iter()

@@ -205,6 +205,16 @@ impl Ledger {
         self.images.retain(|image, _| image.pid != pid);
     }
 
+    /// The sampled blocks that are live in the images that `wanted` accepts.
+    pub fn live_blocks(&self, wanted: impl Fn(ImageId) -> bool) -> Vec<AllocKey> {
+        self.images
+            .iter()
+            .filter(|&(&image, _)| wanted(image))
+            .flat_map(|(&image, books)| books.live_addresses().map(move |addr| (image, addr)))
+            .map(|(image, addr)| AllocKey { image, addr })
+            .collect()
+    }
+
     /// Whether [`Self::close`] was called for it.
     #[must_use]
     pub fn is_closed(&self, image: ImageId) -> bool {

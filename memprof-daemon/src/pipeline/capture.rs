@@ -12,7 +12,8 @@ use crate::{
     address::{AbsAddr, FileOffset, FrameAddress},
     export::{
         profile::{
-            Engine, GoFacts, ProbeInfo, ProcessMemory, ProcessProfile, Profile, StackProfile,
+            Engine, GoFacts, Inherited, ProbeInfo, ProcessMemory, ProcessProfile, Profile,
+            StackProfile,
         },
         totals::ExactTotals,
     },
@@ -65,6 +66,8 @@ pub struct ImageCapture {
     pub memory: Option<ProcessMemory>,
     /// For how long it was traced.
     pub traced: Duration,
+    /// What it has from its parent.
+    pub inherited: Option<Inherited>,
     /// All of its calls, counted exactly; none if they are not known.
     pub totals: Option<ExactTotals>,
     /// What was lost.
@@ -158,6 +161,7 @@ impl Capture {
                 engine: image.engine,
                 memory: image.memory,
                 traced: image.traced,
+                inherited: image.inherited,
                 totals: image.totals,
                 losses: image.losses,
                 go: go_facts,

@@ -27,6 +27,8 @@ pub(super) fn metrics(stats: Stats) -> Metrics {
         sweeps: stats.sweeps,
         failed_sweeps: stats.failed_sweeps,
         undecodable_events: stats.undecodable_events,
+        unclaimed_calls: stats.unclaimed_calls,
+        free_slots: stats.free_slots as u64,
         longest_round: duration(stats.longest_round_ms),
         targets: stats.processes.into_iter().map(target).collect(),
         daemon: daemon(),

@@ -17,6 +17,7 @@ mod scan;
 pub mod service;
 mod stack_copies;
 pub mod stats;
+mod sweep;
 mod tables;
 pub mod target;
 mod totals;

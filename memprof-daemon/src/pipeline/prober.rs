@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use crate::probe::attach::{AttachError, ImageSite, Prober, Site};
+use crate::probe::attach::{AttachError, FileId, ImageSite, Prober, Site};
 
 enum Request {
     Attach {
@@ -24,6 +24,15 @@ enum Request {
         path: PathBuf,
         sites: Vec<ImageSite>,
         reply: oneshot::Sender<Result<(), AttachError>>,
+    },
+    AttachShared {
+        file: FileId,
+        sites: Vec<Site>,
+        reply: oneshot::Sender<Result<Duration, AttachError>>,
+    },
+    DetachShared {
+        file: FileId,
+        reply: oneshot::Sender<Duration>,
     },
     Detach {
         slot: u16,
@@ -81,6 +90,36 @@ impl ProberHandle {
             })
             .map_err(|_| AttachError::Gone)?;
         answer.await.map_err(|_| AttachError::Gone)?
+    }
+
+    /// Probes all `sites` of a file or none, for every process; how long it took.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub(super) async fn attach_shared(
+        &self,
+        file: FileId,
+        sites: Vec<Site>,
+    ) -> Result<Duration, AttachError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(Request::AttachShared { file, sites, reply })
+            .map_err(|_| AttachError::Gone)?;
+        answer.await.map_err(|_| AttachError::Gone)?
+    }
+
+    /// Takes the probes off that are every process's in a file; when it is done, or if there
+    /// is no thread to do it.
+    pub(super) async fn detach_shared(&self, file: FileId) {
+        let (reply, answer) = oneshot::channel();
+        if self
+            .requests
+            .send(Request::DetachShared { file, reply })
+            .is_ok()
+        {
+            let _ = answer.await;
+        }
     }
 
     /// Probes the sites of a prefilter's image, for a thread outside of the runtime.
@@ -153,6 +192,14 @@ fn serve(prober: &mut Prober, request: Request) {
             reply,
         } => {
             let _ = reply.send(prober.attach_image(slot, pid, &path, &sites));
+        }
+        Request::AttachShared { file, sites, reply } => {
+            let result = prober.attach_shared(file, &sites);
+            let _ = reply.send(result.map(|()| start.elapsed()));
+        }
+        Request::DetachShared { file, reply } => {
+            prober.detach_shared(file);
+            let _ = reply.send(start.elapsed());
         }
         Request::Detach { slot, reply } => {
             prober.detach(slot);

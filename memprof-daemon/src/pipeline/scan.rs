@@ -1,7 +1,8 @@
 //! What must be read of a process before it can be traced. Blocks; runs in jobs.
 
 use std::{
-    sync::Arc,
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,10 @@ use super::{
 use crate::{
     golang::{self, FoundGo},
     prefilter::{error::DetachError, leftover, tracer::with_tracer, turn::Turn},
-    probe::find::{AllocatorModule, Finder},
+    probe::{
+        attach::FileId,
+        find::{AllocatorModule, Finder},
+    },
     process::{
         exit::ExitWatch,
         files::FileStore,
@@ -29,6 +33,16 @@ pub(super) struct Scanner {
     files: FileStore,
     finder: Finder,
     tables: Arc<TableStore>,
+    /// Files that were met a moment ago: programs that start one after the other map the same.
+    recent: Mutex<HashMap<FileId, Recent>>,
+}
+
+/// A file that is held, and its table.
+#[derive(Debug)]
+struct Recent {
+    met: Instant,
+    _file: Arc<MappedFile>,
+    _table: FileTable,
 }
 
 /// A process as it was read.
@@ -44,6 +58,10 @@ pub(super) struct Scan {
     pub(super) exit: ExitWatch,
     /// The unwind tables of its files, by (device, inode).
     pub(super) tables: Vec<((u64, u64), FileTable)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The clock of samples and of records about mappings.
@@ -87,7 +105,31 @@ impl Scanner {
             files: FileStore::default(),
             finder: Finder::default(),
             tables,
+            recent: Mutex::default(),
         }
+    }
+
+    /// The unwind table of a file, which is held for a while.
+    pub(super) fn table_of(&self, file: &Arc<MappedFile>) -> FileTable {
+        let table = self.tables.of(file);
+        if file.file.is_some() {
+            let recent = Recent {
+                met: Instant::now(),
+                _file: Arc::clone(file),
+                _table: table.clone(),
+            };
+            lock(&self.recent).insert((file.device, file.inode), recent);
+        }
+        table
+    }
+
+    /// Lets go of files that were not met for so long.
+    pub(super) fn forget_files(&self, unused: Duration) {
+        let forgotten: Vec<_> = lock(&self.recent)
+            .extract_if(|_, recent| recent.met.elapsed() >= unused)
+            .collect();
+        // Not under the lock.
+        drop(forgotten);
     }
 
     /// Reads a process that is to be traced.
@@ -157,7 +199,7 @@ impl Scanner {
         let tables = mappings
             .files()
             .iter()
-            .map(|file| ((file.device, file.inode), self.tables.of(file)))
+            .map(|file| ((file.device, file.inode), self.table_of(file)))
             .collect();
         Ok(Scan {
             info,
@@ -195,6 +237,11 @@ impl Scanner {
             &event.path,
         )?;
         Some(mapping_of(event.pid, &entry, &self.files))
+    }
+
+    /// The file of a mapping of a process.
+    pub(super) fn open(&self, pid: u32, entry: &MapsEntry) -> Arc<MappedFile> {
+        self.files.open(pid, entry)
     }
 
     /// The allocator that a file defines, if it does.

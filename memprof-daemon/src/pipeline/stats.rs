@@ -35,6 +35,14 @@ pub struct Stats {
     pub undecodable_events: u64,
     /// Records about mappings that the kernel had no room for.
     pub lost_mapping_events: u64,
+    /// Every process is traced.
+    pub traces_all: bool,
+    /// How many more processes can be traced at this moment.
+    pub free_slots: usize,
+    /// Calls of processes that were not looked at, since no slot was free for them.
+    pub unclaimed_calls: u64,
+    /// Processes that were traced and have been forgotten.
+    pub forgotten_processes: u64,
     /// Stacks that BPF named and did not hold any more.
     pub missing_stacks: u64,
     /// How stacks are walked: `auto`, `dwarf` or `fp`.

@@ -24,7 +24,7 @@ use super::{
     versions::StackVersions,
 };
 use crate::{
-    export::profile::{Engine, ProbeSite, ProcessMemory},
+    export::profile::{Engine, Inherited, ProbeSite, ProcessMemory},
     golang::GoError,
     ledger::EventTally,
     prefilter::{
@@ -33,7 +33,7 @@ use crate::{
     },
     probe::{
         attach::AttachError,
-        find::{AllocatorModule, FindError},
+        find::{AllocatorModule, FindError, FoundSite},
     },
     process::{
         history::CodeHistory,
@@ -143,6 +143,8 @@ pub(super) struct Image {
     pub(super) memory: Option<ProcessMemory>,
     /// Exact totals.
     pub(super) totals: ImageTotals,
+    /// What it has from its parent: blocks that are in the parent's books.
+    pub(super) inherited: Option<Inherited>,
     /// How its calls were looked at, once it has ended.
     pub(super) engine: Option<Engine>,
     /// What stubs in it could not do.
@@ -176,6 +178,7 @@ impl Image {
             perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
+            inherited: None,
             engine: None,
             stub_losses: StubLosses::default(),
             go: None,
@@ -291,6 +294,18 @@ impl State {
     }
 }
 
+/// A site as it is shown.
+pub(super) fn shown_site(module: &AllocatorModule, found: &FoundSite) -> ProbeSite {
+    ProbeSite {
+        module: module.file.path.to_string_lossy().into_owned(),
+        function: found.symbol.to_owned(),
+        file_offset: found.probe_offset().0,
+        offset: found.point.offset,
+        instruction: found.point.instruction.clone(),
+        emulated: found.point.emulated,
+    }
+}
+
 /// From one reading of a process's mappings, because of unknown code, to the next.
 const RESCAN_EVERY: Duration = Duration::from_millis(50);
 
@@ -298,6 +313,14 @@ const RESCAN_EVERY: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) slot: u16,
+    /// The slot is still its own.
+    pub(super) has_slot: bool,
+    /// Tells it from others that had its pid.
+    pub(super) serial: u64,
+    /// It is traced with all others, and no probe is its own.
+    pub(super) is_shared: bool,
+    /// It has turned up and is not to be traced: nothing of it is shown.
+    pub(super) is_unwanted: bool,
     /// Where the random bits of its sampling decisions start.
     pub(super) sample_seed: u64,
     pub(super) state: State,
@@ -370,9 +393,13 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn new(slot: u16, sample_seed: u64, reply: AttachReply) -> Self {
+    pub(super) fn new(slot: u16, sample_seed: u64, reply: Option<AttachReply>) -> Self {
         Self {
             slot,
+            has_slot: true,
+            serial: 0,
+            is_shared: false,
+            is_unwanted: false,
             sample_seed,
             state: State::Scanning,
             holder: Holder::Nobody,
@@ -383,7 +410,7 @@ impl Target {
             waiting_modules: Vec::new(),
             stopped: StoppedTime::default(),
             image_bytes: 0,
-            reply: Some(reply),
+            reply,
             leaving: Leaving::default(),
             images: Vec::new(),
             is_lost: false,
@@ -441,6 +468,24 @@ impl Target {
             file.path.to_string_lossy().into_owned()
         }));
         modules.into_iter().collect()
+    }
+
+    /// Nothing more is to come of it.
+    pub(super) fn end(&mut self, losses: [u64; COUNTERS]) {
+        self.state = State::Ended;
+        drop(self.end_stubs());
+        self.image_bytes = 0;
+        // BPF walks no stack of it any more.
+        self.list = None;
+        self.tables.clear();
+        if let Some(image) = self.images.last_mut() {
+            image.end(losses);
+        }
+    }
+
+    /// When it ended; none if it has not.
+    pub(super) fn ended(&self) -> Option<Instant> {
+        self.images.last().and_then(Image::until)
     }
 
     pub(super) fn current(&mut self) -> Option<&mut Image> {

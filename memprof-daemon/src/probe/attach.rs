@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use super::{
     mode::ProbeMode,
-    programs::{Event, Link, LinkError, Programs},
+    programs::{EVERY_PROCESS, Event, Link, LinkError, Programs},
     seccomp::{self, SeccompError},
     uprobe_multi::Place,
 };
@@ -40,10 +40,14 @@ pub struct Site {
 }
 
 impl Site {
-    fn place(&self, slot: u16) -> Place {
+    fn place(&self, owner: Owner) -> Place {
+        let cookie = match owner {
+            Owner::Target { slot, .. } => AttachCookie::new(slot, self.number, self.function),
+            Owner::Everyone => AttachCookie::shared(self.number, self.function),
+        };
         Place {
             file_offset: self.file_offset.0,
-            cookie: AttachCookie::new(slot, self.number, self.function).0,
+            cookie: cookie.0,
         }
     }
 
@@ -52,6 +56,27 @@ impl Site {
         self.function.reallocates()
     }
 }
+
+/// Whose calls a probe is for.
+#[derive(Clone, Copy, Debug)]
+enum Owner {
+    /// Those of the target in a slot, a process.
+    Target { slot: u16, pid: u32 },
+    /// Those of every process that maps the file.
+    Everyone,
+}
+
+impl Owner {
+    const fn pid(self) -> u32 {
+        match self {
+            Self::Target { pid, .. } => pid,
+            Self::Everyone => EVERY_PROCESS,
+        }
+    }
+}
+
+/// A file: `st_dev` and `st_ino`.
+pub type FileId = (u64, u64);
 
 /// A site of a prefilter's image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +119,9 @@ pub enum AttachError {
     /// Probing would or might kill the process.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
+    /// Probing every process would or might kill some.
+    #[error("probes in all processes are not safe on this host")]
+    SeccompOfAny(#[source] SeccompError),
     /// The thread that attaches is gone.
     #[error("the thread that attaches probes has ended")]
     Gone,
@@ -109,6 +137,14 @@ struct Links {
     free_entries: Vec<Link>,
 }
 
+impl Links {
+    fn extend(&mut self, more: Self) {
+        self.alloc_entries.extend(more.alloc_entries);
+        self.alloc_returns.extend(more.alloc_returns);
+        self.free_entries.extend(more.free_entries);
+    }
+}
+
 /// The loaded programs and their links.
 pub struct Prober {
     /// Holds the tracepoints.
@@ -116,6 +152,8 @@ pub struct Prober {
     programs: Programs,
     mode: ProbeMode,
     targets: HashMap<u16, Links>,
+    /// What is every process's, by file.
+    shared: HashMap<FileId, Links>,
     /// Whether return probes kill processes under a seccomp filter, once tried.
     seccomp_trial: Option<Result<(), SeccompError>>,
 }
@@ -136,6 +174,7 @@ impl Prober {
             programs,
             mode,
             targets: HashMap::new(),
+            shared: HashMap::new(),
             seccomp_trial: None,
         }
     }
@@ -155,15 +194,37 @@ impl Prober {
     pub fn attach(&mut self, slot: u16, pid: u32, sites: &[Site]) -> Result<(), AttachError> {
         self.require_harmless(pid)?;
         let mut links = Links::default();
-        if let Err(error) = self.attach_sites(slot, pid, sites, &mut links) {
+        if let Err(error) = self.attach_sites(Owner::Target { slot, pid }, sites, &mut links) {
             detach_links(links);
             return Err(error);
         }
-        let held = self.targets.entry(slot).or_default();
-        held.alloc_entries.extend(links.alloc_entries);
-        held.alloc_returns.extend(links.alloc_returns);
-        held.free_entries.extend(links.free_entries);
+        self.targets.entry(slot).or_default().extend(links);
         Ok(())
+    }
+
+    /// Probes `sites` of a file for every process that maps it, now or later; all of them
+    /// or none.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub fn attach_shared(&mut self, file: FileId, sites: &[Site]) -> Result<(), AttachError> {
+        // Nobody is asked whether a filter confines it, and anyone may be.
+        self.try_out_seccomp().map_err(AttachError::SeccompOfAny)?;
+        let mut links = Links::default();
+        if let Err(error) = self.attach_sites(Owner::Everyone, sites, &mut links) {
+            detach_links(links);
+            return Err(error);
+        }
+        self.shared.entry(file).or_default().extend(links);
+        Ok(())
+    }
+
+    /// Takes the probes off that are every process's in a file.
+    pub fn detach_shared(&mut self, file: FileId) {
+        if let Some(links) = self.shared.remove(&file) {
+            detach_links(links);
+        }
     }
 
     /// In an order in which nothing is missed that matters: a block that is
@@ -172,8 +233,7 @@ impl Prober {
     /// give blocks up too before the others.
     fn attach_sites(
         &mut self,
-        slot: u16,
-        pid: u32,
+        owner: Owner,
         sites: &[Site],
         links: &mut Links,
     ) -> Result<(), AttachError> {
@@ -190,10 +250,10 @@ impl Prober {
                 files.entry(&site.path).or_default().push(site);
             }
             for (path, sites) in files {
-                let places: Vec<Place> = sites.iter().map(|site| site.place(slot)).collect();
+                let places: Vec<Place> = sites.iter().map(|site| site.place(owner)).collect();
                 let attached = self
                     .programs
-                    .attach(event, path, &places, pid)
+                    .attach(event, path, &places, owner.pid())
                     .map_err(|error| refused(path, &sites, error))?;
                 links.extend(attached);
             }
@@ -246,6 +306,11 @@ impl Prober {
         if !seccomp::is_confined(pid) {
             return Ok(());
         }
+        Ok(self.try_out_seccomp()?)
+    }
+
+    /// Tries once what a probed return does to a confined process.
+    fn try_out_seccomp(&mut self) -> Result<(), SeccompError> {
         if self.seccomp_trial.is_none() {
             let programs = &mut self.programs;
             let trial = seccomp::try_out(|path, file_offset, child| {
@@ -259,7 +324,7 @@ impl Prober {
             self.seccomp_trial = Some(trial);
         }
         match &self.seccomp_trial {
-            Some(Err(error)) => Err(error.clone().into()),
+            Some(Err(error)) => Err(error.clone()),
             _ => Ok(()),
         }
     }
@@ -275,10 +340,9 @@ impl Prober {
     /// Takes every probe of every target off.
     pub fn detach_all(&mut self) {
         let mut all = Links::default();
-        for (_, links) in self.targets.drain() {
-            all.alloc_entries.extend(links.alloc_entries);
-            all.alloc_returns.extend(links.alloc_returns);
-            all.free_entries.extend(links.free_entries);
+        let shared = self.shared.drain().map(|(_, links)| links);
+        for links in self.targets.drain().map(|(_, links)| links).chain(shared) {
+            all.extend(links);
         }
         detach_links(all);
     }

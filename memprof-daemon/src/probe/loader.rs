@@ -2,12 +2,12 @@
 
 use aya::{
     EbpfError, EbpfLoader,
-    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
     programs::{ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
 use memprof_common::{
-    config::TargetConfig,
+    config::{AttachCookie, TargetConfig, TargetState},
     counters::TargetCounters,
     limits::{
         DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
@@ -107,6 +107,14 @@ pub struct Maps {
     pub targets: Array<MapData, TargetConfig>,
     /// Slots by pid.
     pub slots: HashMap<MapData, u32, u32>,
+    /// What BPF keeps of each target, by slot.
+    pub states: Array<MapData, TargetState>,
+    /// Slots that processes take when they turn up.
+    pub free_slots: Queue<MapData, u32>,
+    /// Calls that were not looked at for want of a slot.
+    pub unclaimed_calls: Array<MapData, u64>,
+    /// Calls under way, by thread.
+    pub calls: CallMaps,
     /// Losses by slot.
     pub counters: PerCpuArray<MapData, TargetCounters>,
     /// Exact totals by slot and epoch.
@@ -119,6 +127,32 @@ pub struct Maps {
     pub arena: (Arena, SlabMaker),
     /// What walks saw, if that is wanted.
     pub stack_copies: Option<RingBuf<MapData>>,
+}
+
+/// Calls under way, by thread (the kernel's pid_tgid). What is kept of each is BPF's
+/// (`InFlightCall` in `memprof-ebpf/src/in_flight.rs`), and begins with its cookie.
+#[derive(Debug)]
+pub struct CallMaps {
+    in_flight: HashMap<MapData, u64, [u64; 6]>,
+}
+
+impl CallMaps {
+    /// Forgets the calls of the target that was in a slot and whose probes are off: they
+    /// return unseen, and what they have counted in the slot is not theirs to take back.
+    pub fn forget(&mut self, slot: u16) {
+        let is_its = |cookie: u64| AttachCookie(cookie).slot() == u32::from(slot);
+        let threads: Vec<u64> = self
+            .in_flight
+            .iter()
+            .flatten()
+            .filter(|(_, [cookie, ..])| is_its(*cookie))
+            .map(|(thread, _)| thread)
+            .collect();
+        for thread in threads {
+            // It may have ended meanwhile.
+            let _ = self.in_flight.remove(&thread);
+        }
+    }
 }
 
 /// How the object is loaded.
@@ -238,6 +272,12 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
         events: typed("EVENTS", take("EVENTS")?)?,
         targets: typed("TARGETS", take("TARGETS")?)?,
         slots: typed("SLOTS", take("SLOTS")?)?,
+        states: typed("STATES", take("STATES")?)?,
+        free_slots: typed("FREE_SLOTS", take("FREE_SLOTS")?)?,
+        unclaimed_calls: typed("UNCLAIMED_CALLS", take("UNCLAIMED_CALLS")?)?,
+        calls: CallMaps {
+            in_flight: typed("IN_FLIGHT", take("IN_FLIGHT")?)?,
+        },
         counters: typed("COUNTERS", take("COUNTERS")?)?,
         totals: typed("TOTALS", take("TOTALS")?)?,
         live: LiveMap::new(take("LIVE")?, &take("OCCUPANCY")?)

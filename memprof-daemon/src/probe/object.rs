@@ -163,6 +163,7 @@ pub(super) fn map_fd(map: &Map) -> Option<BorrowedFd<'_>> {
         Map::Array(data)
         | Map::HashMap(data)
         | Map::PerCpuArray(data)
+        | Map::Queue(data)
         | Map::ProgramArray(data)
         | Map::RingBuf(data) => data,
         _ => return None,

@@ -89,6 +89,9 @@ impl ProgramSet {
     }
 }
 
+/// In the place of a pid, to the kernel too: whatever process maps the file.
+pub(super) const EVERY_PROCESS: u32 = 0;
+
 /// An event that a program is run for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
@@ -240,8 +243,8 @@ impl Programs {
             .map_err(LinkError::Multi)
     }
 
-    /// Attaches the program for `event` to places of one file; no link if the
-    /// set has none for it.
+    /// Attaches the program for `event` to places of one file, for the process `pid`
+    /// alone or, with [`EVERY_PROCESS`], for each; no link if the set has none for it.
     pub(super) fn attach(
         &mut self,
         event: Event,
@@ -348,15 +351,14 @@ fn attach_by_perf(
     place: Place,
     pid: u32,
 ) -> Result<Link, LinkError> {
-    let Some(process) = std::num::NonZeroU32::new(pid) else {
-        return Err(LinkError::Exited);
-    };
+    let scope =
+        std::num::NonZeroU32::new(pid).map_or(UProbeScope::AllProcesses, UProbeScope::OneProcess);
     let point = UProbeAttachPoint {
         location: UProbeAttachLocation::AbsoluteOffset(place.file_offset),
         cookie: Some(place.cookie),
     };
     program
-        .attach(point, path, UProbeScope::OneProcess(process))
+        .attach(point, path, scope)
         .and_then(|link| program.take_link(link))
         .map(Link::Perf)
         .map_err(|error| {

@@ -205,7 +205,7 @@ fn uprobes() -> State {
 }
 
 fn perf_events() -> State {
-    match crate::ring::mmap_events::MmapEvents::open() {
+    match crate::ring::mmap_events::MmapEvents::open(crate::ring::mmap_events::Scope::Mappings) {
         Ok(_) => State::Met("allowed".to_owned()),
         Err(error) => State::unmet(
             describe(&error),

@@ -77,8 +77,8 @@ pub fn load_empty(attach_type: AttachType) -> Result<OwnedFd, LoadError> {
     load("memprof_empty", &program, c"GPL", attach_type, None)
 }
 
-/// Attaches a program to places in a file, for the process `pid` alone. The link
-/// lasts until the descriptor is closed.
+/// Attaches a program to places in a file, for the process `pid` alone, or for every one
+/// if that is 0. The link lasts until the descriptor is closed.
 ///
 /// # Errors
 ///

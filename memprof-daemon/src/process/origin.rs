@@ -4,6 +4,9 @@ use serde::Serialize;
 
 use super::cgroup::Cgroup;
 
+/// The number that is nobody's user id (`chown(2)`).
+const UNKNOWN_UID: u32 = u32::MAX;
+
 /// Where a process comes from, as profiles and lists of processes show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Origin {
@@ -31,6 +34,16 @@ impl Origin {
             namespace_pids,
             // It may be ending; then the rest is known all the same.
             cgroup: Cgroup::read(pid).unwrap_or_default(),
+        }
+    }
+
+    /// Of a process that was gone before it could be asked.
+    #[must_use]
+    pub fn unknown(pid: u32) -> Self {
+        Self {
+            uid: UNKNOWN_UID,
+            namespace_pids: vec![pid],
+            ..Self::default()
         }
     }
 

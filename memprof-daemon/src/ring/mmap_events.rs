@@ -76,6 +76,58 @@ pub struct MmapEvent {
     pub path: PathBuf,
 }
 
+/// What the kernel has told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostEvent {
+    /// A mapping.
+    Mmap(MmapEvent),
+    /// A process was made.
+    Fork {
+        /// When.
+        timestamp_ns: u64,
+        /// The new one.
+        pid: u32,
+        /// Its parent.
+        parent: u32,
+    },
+    /// A process has replaced its program; its mappings come after this.
+    Exec {
+        /// When.
+        timestamp_ns: u64,
+        /// Which.
+        pid: u32,
+        /// The new program's name.
+        comm: String,
+    },
+    /// The first thread of a process has ended.
+    Exit {
+        /// When.
+        timestamp_ns: u64,
+        /// Which.
+        pid: u32,
+    },
+}
+
+impl HostEvent {
+    const fn timestamp_ns(&self) -> u64 {
+        match self {
+            Self::Mmap(event) => event.timestamp_ns,
+            Self::Fork { timestamp_ns, .. }
+            | Self::Exec { timestamp_ns, .. }
+            | Self::Exit { timestamp_ns, .. } => *timestamp_ns,
+        }
+    }
+}
+
+/// Which records are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those about mappings.
+    Mappings,
+    /// Those about the lives of processes, too.
+    Lives,
+}
+
 /// Follows the executable mappings of all processes.
 ///
 /// A CPU that comes online later is not followed; a record on it is missing and
@@ -95,12 +147,12 @@ impl MmapEvents {
     /// # Errors
     ///
     /// Privileges are missing, or locked memory has run out.
-    pub fn open() -> Result<Self, MmapEventsError> {
+    pub fn open(scope: Scope) -> Result<Self, MmapEventsError> {
         let online =
             fs::read_to_string("/sys/devices/system/cpu/online").map_err(MmapEventsError::Cpus)?;
         let mut buffers = Vec::new();
         for cpu in parse_cpu_list(&online) {
-            match open_event(cpu) {
+            match open_event(cpu, scope) {
                 Ok(fd) => buffers.push(Buffer::map(fd).map_err(MmapEventsError::Map)?),
                 // It went offline since.
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
@@ -118,9 +170,9 @@ impl MmapEvents {
         })
     }
 
-    /// Hands over every mapping recorded until now, in the order of time: a
+    /// Hands over everything recorded until now, in the order of time: a
     /// process that moves between CPUs leaves its records in several buffers.
-    pub fn drain(&mut self, mut on_event: impl FnMut(MmapEvent)) {
+    pub fn drain(&mut self, mut on_event: impl FnMut(HostEvent)) {
         let mut events = Vec::new();
         for buffer in &self.buffers {
             if !buffer.take(&mut self.bytes) {
@@ -129,14 +181,14 @@ impl MmapEvents {
             let mut records = Records(&self.bytes);
             for record in &mut records {
                 match record {
-                    Record::Mmap(event) => events.push(event),
+                    Record::Event(event) => events.push(event),
                     Record::Lost(count) => self.lost = self.lost.saturating_add(count),
                     Record::Malformed => self.malformed = self.malformed.saturating_add(1),
                     Record::Other => {}
                 }
             }
         }
-        events.sort_by_key(|event| event.timestamp_ns);
+        events.sort_by_key(HostEvent::timestamp_ns);
         events.into_iter().for_each(&mut on_event);
     }
 
@@ -239,19 +291,34 @@ const PERF_FLAG_FD_CLOEXEC: u64 = 1 << 3;
 /// Record mappings with `PROT_EXEC` (and no others, without `mmap_data`).
 const FLAG_MMAP: u64 = 1 << 8;
 const FLAG_WATERMARK: u64 = 1 << 14;
+/// Record names of threads ...
+const FLAG_COMM: u64 = 1 << 9;
+/// ... and threads that are made and end ...
+const FLAG_TASK: u64 = 1 << 13;
+/// ... and say whether a name is that of a new program.
+const FLAG_COMM_EXEC: u64 = 1 << 24;
 /// Put the time into such records too.
 const FLAG_SAMPLE_ID_ALL: u64 = 1 << 18;
 /// Record them with device and inode.
 const FLAG_MMAP2: u64 = 1 << 23;
 const FLAG_USE_CLOCKID: u64 = 1 << 25;
 
-fn open_event(cpu: u32) -> io::Result<OwnedFd> {
+fn open_event(cpu: u32, scope: Scope) -> io::Result<OwnedFd> {
+    let lives = match scope {
+        Scope::Mappings => 0,
+        Scope::Lives => FLAG_COMM | FLAG_TASK | FLAG_COMM_EXEC,
+    };
     let attributes = Attributes {
         kind: PERF_TYPE_SOFTWARE,
         size: size_of::<Attributes>() as u32,
         config: PERF_COUNT_SW_DUMMY,
         sample_type: PERF_SAMPLE_TIME,
-        flags: FLAG_MMAP | FLAG_WATERMARK | FLAG_SAMPLE_ID_ALL | FLAG_MMAP2 | FLAG_USE_CLOCKID,
+        flags: FLAG_MMAP
+            | FLAG_WATERMARK
+            | FLAG_SAMPLE_ID_ALL
+            | FLAG_MMAP2
+            | FLAG_USE_CLOCKID
+            | lives,
         // A record is longer: each wakes who waits.
         wakeup_watermark: 1,
         clockid: libc::CLOCK_MONOTONIC,
@@ -378,14 +445,19 @@ impl Drop for Buffer {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Record {
-    Mmap(MmapEvent),
+    Event(HostEvent),
     Lost(u64),
     Other,
     Malformed,
 }
 
 const RECORD_LOST: u32 = 2;
+const RECORD_COMM: u32 = 3;
+const RECORD_EXIT: u32 = 4;
+const RECORD_FORK: u32 = 7;
 const RECORD_MMAP2: u32 = 10;
+/// The header's `misc` says that the name is that of a new program.
+const MISC_COMM_EXEC: u16 = 1 << 13;
 /// The header's `misc` says that a build id stands in the place of the device;
 /// it was not asked for.
 const MISC_MMAP_BUILD_ID: u16 = 1 << 14;
@@ -441,7 +513,7 @@ fn parse_record(kind: u32, misc: u16, mut body: &[u8]) -> Option<Record> {
             let _generation: [u8; 8] = field(&mut body)?;
             let _prot_and_flags: [u8; 8] = field(&mut body)?;
             let path = body.split(|&byte| byte == 0).next()?.to_vec();
-            Some(Record::Mmap(MmapEvent {
+            Some(Record::Event(HostEvent::Mmap(MmapEvent {
                 timestamp_ns: u64::from_ne_bytes(*time),
                 pid,
                 start: AbsAddr(start),
@@ -451,9 +523,38 @@ fn parse_record(kind: u32, misc: u16, mut body: &[u8]) -> Option<Record> {
                 device_minor,
                 inode,
                 path: PathBuf::from(OsString::from_vec(path)),
-            }))
+            })))
         }
         RECORD_MMAP2 => None,
+        RECORD_COMM if misc & MISC_COMM_EXEC != 0 => {
+            let (rest, time) = body.split_last_chunk::<8>()?;
+            body = rest;
+            let pid = u32::from_ne_bytes(field(&mut body)?);
+            let _tid: [u8; 4] = field(&mut body)?;
+            let comm = body.split(|&byte| byte == 0).next()?;
+            Some(Record::Event(HostEvent::Exec {
+                timestamp_ns: u64::from_ne_bytes(*time),
+                pid,
+                comm: String::from_utf8_lossy(comm).into_owned(),
+            }))
+        }
+        RECORD_FORK | RECORD_EXIT => {
+            let pid = u32::from_ne_bytes(field(&mut body)?);
+            let parent = u32::from_ne_bytes(field(&mut body)?);
+            let tid = u32::from_ne_bytes(field(&mut body)?);
+            let _parent_tid: [u8; 4] = field(&mut body)?;
+            let timestamp_ns = u64::from_ne_bytes(field(&mut body)?);
+            Some(match kind {
+                // Of a process, not of a further thread.
+                _ if pid != tid => Record::Other,
+                RECORD_FORK => Record::Event(HostEvent::Fork {
+                    timestamp_ns,
+                    pid,
+                    parent,
+                }),
+                _ => Record::Event(HostEvent::Exit { timestamp_ns, pid }),
+            })
+        }
         _ => Some(Record::Other),
     }
 }

@@ -36,7 +36,9 @@ impl Drop for Executable {
 fn own_events(events: &mut MmapEvents) -> Vec<MmapEvent> {
     let mut own = Vec::new();
     events.drain(|event| {
-        if event.pid == std::process::id() {
+        if let HostEvent::Mmap(event) = event
+            && event.pid == std::process::id()
+        {
             own.push(event);
         }
     });
@@ -49,7 +51,7 @@ fn own_events(events: &mut MmapEvents) -> Vec<MmapEvent> {
 #[test]
 fn own_mapping_is_seen_at_once() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
-    let mut events = MmapEvents::open().unwrap();
+    let mut events = MmapEvents::open(Scope::Mappings).unwrap();
     let file = File::open("/bin/true").unwrap();
     let before = monotonic_ns();
     let page = Executable::map(&file, 4096);
@@ -85,7 +87,7 @@ fn monotonic_ns() -> u64 {
 #[test]
 fn only_executable_mappings() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
-    let mut events = MmapEvents::open().unwrap();
+    let mut events = MmapEvents::open(Scope::Mappings).unwrap();
     // SAFETY: a new mapping, whose protection is then changed.
     let start = unsafe {
         let start = libc::mmap(
@@ -116,13 +118,16 @@ fn only_executable_mappings() {
 #[test]
 fn wraps_and_counts_losses() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
-    let mut events = MmapEvents::open().unwrap();
+    let mut events = MmapEvents::open(Scope::Mappings).unwrap();
     let file = File::open("/bin/true").unwrap();
     let inode = file.metadata().unwrap().ino();
     let mut seen = 0_u64;
     let mut last = 0;
     let mut count = |events: &mut MmapEvents| {
         events.drain(|event| {
+            let HostEvent::Mmap(event) = event else {
+                return;
+            };
             assert!(event.timestamp_ns >= last, "out of order");
             last = event.timestamp_ns;
             let own = event.pid == std::process::id() && event.inode == inode;
@@ -230,7 +235,7 @@ async fn alarm_at_each_mapping() {
             libc::munmap(start, 4096);
         }
     };
-    let mut events = MmapEvents::open().unwrap();
+    let mut events = MmapEvents::open(Scope::Mappings).unwrap();
     let alarm = events.alarm().unwrap();
     let limit = std::time::Duration::from_secs(5);
     for _ in 0..100 {
@@ -243,4 +248,40 @@ async fn alarm_at_each_mapping() {
         map();
         events.drain(|_| {});
     }
+}
+
+/// Check that a process that is made, replaces its program and ends is told of in this order,
+/// with its mappings after its program, and that its threads are not.
+#[test]
+fn lives_of_processes() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let mut events = MmapEvents::open(Scope::Lives).unwrap();
+    std::thread::spawn(|| ()).join().unwrap();
+    let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
+    let pid = child.id();
+    child.wait().unwrap();
+    let own = std::process::id();
+    let mut told = Vec::new();
+    let mut is_thread_told = false;
+    events.drain(|event| match event {
+        HostEvent::Fork {
+            pid: new, parent, ..
+        } if new == pid => {
+            assert_eq!(parent, own);
+            told.push("fork");
+        }
+        HostEvent::Exec { pid: of, comm, .. } if of == pid => {
+            assert_eq!(comm, "true");
+            told.push("exec");
+        }
+        HostEvent::Mmap(event) if event.pid == pid && told.last() == Some(&"exec") => {
+            assert!(event.path.ends_with("true"), "{event:?}");
+            told.push("map");
+        }
+        HostEvent::Exit { pid: of, .. } if of == pid => told.push("exit"),
+        HostEvent::Fork { pid: new, .. } => is_thread_told |= new == own,
+        _ => {}
+    });
+    assert_eq!(told, ["fork", "exec", "map", "exit"]);
+    assert!(!is_thread_told);
 }

@@ -15,7 +15,7 @@ use crate::{
         json::rfc_3339,
         losses,
         numbers::Numbers,
-        profile::ProcessProfile,
+        profile::{Inherited, ProcessProfile},
         totals::{CallTotals, ExactTotals},
         units,
     },
@@ -127,6 +127,19 @@ impl<W: Write> Report<'_, W> {
             self.fact(
                 "go",
                 &format!("its Go heap is not here: {}", printable(reason)),
+            )?;
+        }
+        if let Some(inherited) = &process.inherited {
+            let Inherited {
+                parent_pid,
+                objects,
+                bytes,
+            } = *inherited;
+            let objects = units::counted(objects, "object");
+            let bytes = units::bytes(bytes);
+            self.fact(
+                "inherited",
+                &format!("{bytes} in {objects} from pid {parent_pid}, not counted here"),
             )?;
         }
         let cgroup = &process.origin.cgroup;

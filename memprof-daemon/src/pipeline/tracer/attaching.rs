@@ -14,7 +14,7 @@ use crate::{
         install::Holder,
         scan::Scan,
         stats::milliseconds,
-        target::{AttachReply, Attached, Image, State, Target, TargetError},
+        target::{AttachReply, Attached, Image, State, Target, TargetError, shown_site},
     },
     probe::{
         attach::{AttachError, Site},
@@ -44,19 +44,27 @@ impl Tracer {
             let _ = reply.send(Err(TargetError::Already(pid)));
             return;
         }
-        if u32::from(self.next_slot) >= MAX_TARGETS {
+        let Some(slot) = self.take_slot() else {
             let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
+            return;
+        };
+        if self.system.is_some()
+            && let Err(error) = self.claim_for(pid, slot)
+        {
+            self.give_back(slot, false);
+            let _ = reply.send(Err(error));
             return;
         }
         // Records about this pid from now on are kept for it.
         self.drain_mmap_events();
-        let mut target = Target::new(self.next_slot, random_seed(), reply);
+        let mut target = Target::new(slot, random_seed(), Some(reply));
+        target.serial = self.next_serial();
+        target.is_shared = self.system.is_some();
         target.jobs = 1;
         target.holder = holder;
         if !self.options.probe_mode.may_write() {
             target.choice = Choice::Uprobe(None);
         }
-        self.next_slot += 1;
         self.targets.insert(pid, target);
         self.publish_live();
         let scanner = self.scanner.clone();
@@ -101,21 +109,12 @@ impl Tracer {
         self.compile_missing(pid);
         self.publish_mappings(pid);
         self.refresh_memory();
-        let myself = self.myself.clone();
-        tokio::spawn(async move {
-            while let Err(error) = scan.exit.exited().await {
-                // Out of descriptors: look again, as long as it takes.
-                warn!(pid, %error, "cannot watch for the exit");
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-            }
-            if let Some(sender) = myself.upgrade() {
-                // The tracer may have ended first.
-                let _ = sender.send(Command::Exited { pid }).await;
-            }
-        });
-        if let Some(target) = self.targets.get_mut(&pid) {
-            target.state = State::Attaching;
-        }
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        target.state = State::Attaching;
+        let serial = target.serial;
+        self.watch_exit(pid, serial, Some(scan.exit));
         if scan.modules.is_empty() {
             // A Go program: there is nothing to probe.
             return self.nothing_to_attach(pid);
@@ -141,11 +140,24 @@ impl Tracer {
         };
         match target.choice {
             _ if target.is_leaving() => {}
+            _ if target.is_shared => self.attach_shared(pid, modules),
             _ if target.is_hooking || target.is_clearing => {
                 target.waiting_modules.extend_from_slice(modules)
             }
             Choice::Open | Choice::Prefilter(_) => self.hook_modules(pid, modules),
             Choice::Uprobe(_) => self.probe_modules(pid, modules),
+        }
+    }
+
+    /// Traces a process with all others: its modules are probed, or will be, for everyone.
+    fn attach_shared(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        self.join_modules(pid, modules);
+        let is_first = |target: &Target| matches!(target.state, State::Attaching);
+        if self.targets.get(&pid).is_some_and(is_first) {
+            if let Some(target) = self.targets.get_mut(&pid) {
+                target.jobs += 1;
+            }
+            self.attach_done(pid, SiteBatch::default(), Ok(Duration::ZERO));
         }
     }
 
@@ -179,14 +191,7 @@ impl Tracer {
                     number,
                 });
                 batch.places.push(place);
-                batch.shown.push(ProbeSite {
-                    module: file.path.to_string_lossy().into_owned(),
-                    function: found.symbol.to_owned(),
-                    file_offset: file_offset.0,
-                    offset: found.point.offset,
-                    instruction: found.point.instruction.clone(),
-                    emulated: found.point.emulated,
-                });
+                batch.shown.push(shown_site(module, found));
             }
         }
         if let Err(error) = self.tell_bpf(pid) {
@@ -241,9 +246,14 @@ impl Tracer {
             reserved: 0,
         };
         let slot = u32::from(target.slot);
+        let is_known = target.is_shared;
         self.target_map
             .set(slot, config, 0)
-            .and_then(|()| self.slot_map.insert(pid, slot, 0))
+            .and_then(|()| match is_known {
+                // It has the slot; or it was let go since, and has none.
+                true => Ok(()),
+                false => self.slot_map.insert(pid, slot, 0),
+            })
             .map_err(|source| TargetError::Map {
                 pid,
                 source: Box::new(source),
@@ -326,10 +336,14 @@ impl Tracer {
         let prober = self.prober.clone();
         let slot = target.slot;
         let reply = target.reply.take();
+        let myself = self.myself.clone();
         self.publish_live();
         tokio::spawn(async move {
             // The answer comes when nothing is attached any more.
             prober.detach(slot).await;
+            if let Some(sender) = myself.upgrade() {
+                let _ = sender.send(Command::SlotFree { slot, pid }).await;
+            }
             if let Some(reply) = reply {
                 let _ = reply.send(Err(error));
             }
@@ -340,8 +354,10 @@ impl Tracer {
         if let Some(target) = self.targets.get_mut(&found.pid) {
             target.jobs = target.jobs.saturating_sub(1);
             if target.is_live() && !target.exit_seen {
-                let modules: BTreeSet<_> = found.modules.iter().map(|m| &m.file.path).collect();
-                info!(pid = found.pid, ?modules, "an allocator was mapped");
+                if !target.is_shared {
+                    let modules: BTreeSet<_> = found.modules.iter().map(|m| &m.file.path).collect();
+                    info!(pid = found.pid, ?modules, "an allocator was mapped");
+                }
                 self.attach_modules(found.pid, &found.modules);
             }
         }

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use memprof_common::{
     config::Unwind,
-    counters::DropReason,
+    counters::{COUNTERS, DropReason},
+    live::LiveKey,
     stack::{StackKey, StackRecord},
     unwind::walk::{END_BY_FRAME_POINTER, StackEnd},
 };
@@ -55,6 +56,7 @@ impl Tracer {
                     self.probe_again(image.pid);
                 }
             }
+            Sample::Claim(claim) => self.claimed(claim),
             Sample::UnknownCode { image, address } => self.meet_unknown_code(*image, *address),
         }
     }
@@ -167,6 +169,24 @@ impl Tracer {
         }
     }
 
+    /// As [`Self::settle`], for the books of one process that end: not if nothing of it was
+    /// lost.
+    pub(super) fn settle_of(&mut self, pid: u32) {
+        let Some(target) = self.targets.get(&pid) else {
+            return;
+        };
+        let losses = self.losses(target.slot);
+        if self.sweep_again || has_lost(&losses, &target.swept_losses) {
+            self.settle();
+        }
+    }
+
+    /// Whether the books of a process may ever have differed from the live map.
+    pub(super) fn is_lossy(&self, pid: u32) -> bool {
+        let lost = |target: &Target| has_lost(&self.losses(target.slot), &[0; COUNTERS]);
+        self.targets.get(&pid).is_none_or(lost)
+    }
+
     /// Sweeps if events were lost since the last sweep, or if that asked for
     /// another; whether it did.
     pub(super) fn sweep_if_lossy(&mut self) -> bool {
@@ -179,9 +199,7 @@ impl Tracer {
             .collect();
         for (pid, losses) in losses {
             if let Some(target) = self.targets.get_mut(&pid) {
-                needed |= REPAIRED_BY_SWEEP.iter().any(|&reason| {
-                    losses.get(reason as usize) != target.swept_losses.get(reason as usize)
-                });
+                needed |= has_lost(&losses, &target.swept_losses);
                 target.swept_losses = losses;
             }
         }
@@ -228,20 +246,48 @@ impl Tracer {
 
     /// Closes an image's books and takes its blocks out of the live map.
     pub(super) fn close_books(&mut self, image: ImageId) {
+        let is_lossy = match self.targets.get(&image.pid) {
+            Some(target) if target.is_shared => self.is_lossy(image.pid),
+            _ => true,
+        };
+        self.empty_books(image.pid, image.epoch, is_lossy);
         self.ledger.close(image);
+    }
+
+    /// Takes the blocks of a process, up to a program, out of the live map. They are those in
+    /// the books, unless events were lost: then the map is read, and it is large.
+    pub(super) fn empty_books(&mut self, pid: u32, epoch: u32, is_lossy: bool) {
+        let is_its = |image: ImageId| image.pid == pid && image.epoch <= epoch;
+        if !is_lossy {
+            for key in self.ledger.live_blocks(is_its) {
+                self.live_map.remove(&LiveKey {
+                    pid: key.image.pid,
+                    epoch: key.image.epoch,
+                    addr: key.addr,
+                });
+            }
+            return;
+        }
         match self.live_map.read_all() {
             Ok(entries) => {
                 for (key, _) in entries {
-                    if key.pid == image.pid && key.epoch <= image.epoch {
+                    if key.pid == pid && key.epoch <= epoch {
                         self.live_map.remove(&key);
                     }
                 }
             }
             Err(error) => {
-                warn!(%error, pid = image.pid, "cannot clear the live map of an ended process");
+                warn!(%error, pid, "cannot clear the live map of an ended process");
             }
         }
     }
+}
+
+/// Whether something was lost between two readings that a sweep repairs.
+fn has_lost(now: &[u64; COUNTERS], before: &[u64; COUNTERS]) -> bool {
+    REPAIRED_BY_SWEEP
+        .iter()
+        .any(|&reason| now.get(reason as usize) != before.get(reason as usize))
 }
 
 fn image_of(targets: &mut BTreeMap<u32, Target>, id: ImageId) -> Option<&mut Image> {

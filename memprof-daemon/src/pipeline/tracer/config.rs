@@ -39,7 +39,7 @@ impl Tracer {
         Ok(config)
     }
 
-    /// Rewrites the interval of each target, and nothing else of what BPF was
+    /// Rewrites the interval of each target and of each slot that may become one's, and nothing else of what BPF was
     /// told of it. A target that it has not been told of yet gets the interval
     /// that is in force then.
     fn write_interval(&mut self, sample_interval_bytes: u64) -> Result<(), MapError> {
@@ -50,6 +50,12 @@ impl Tracer {
                 entry.sample_interval_bytes = sample_interval_bytes;
                 self.target_map.set(slot, entry, 0)?;
             }
+        }
+        for slot in self.slots.stock() {
+            let slot = u32::from(slot);
+            let mut entry = self.target_map.get(&slot, 0)?;
+            entry.sample_interval_bytes = sample_interval_bytes;
+            self.target_map.set(slot, entry, 0)?;
         }
         Ok(())
     }

@@ -10,9 +10,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
+    claims::Met,
     golang::GoRead,
     marks::Mark,
     prefilter::Hooked,
+    system::{Everyone, StartReply},
     targets::{LeaveError, LeaveReply, Left, TakenOut},
 };
 use crate::{
@@ -22,10 +24,14 @@ use crate::{
         install::{Holder, Job},
         scan::Scan,
         stats::{ProcessSummary, Stats},
+        sweep::Swept,
         tables::FileTable,
         target::{AttachReply, Attached, TargetError},
     },
-    probe::attach::AttachError,
+    probe::{
+        attach::{AttachError, FileId},
+        find::AllocatorModule,
+    },
     sample::ImageId,
 };
 
@@ -59,9 +65,29 @@ pub(in crate::pipeline) enum Command {
     Hooked(Box<Hooked>),
     Detached {
         pid: u32,
+        serial: u64,
         time: Option<Duration>,
     },
     Exited {
+        pid: u32,
+        serial: u64,
+    },
+    /// Trace every process.
+    TraceAll {
+        reply: StartReply,
+    },
+    Swept(Swept),
+    /// Files that were mapped, by whomever, and have allocators.
+    Looked(Vec<AllocatorModule>),
+    /// A file was probed for all, or could not be.
+    Shared {
+        file: FileId,
+        result: Result<Duration, AttachError>,
+    },
+    Met(Box<Met>),
+    /// The slot of a process that could not be traced is nobody's any more.
+    SlotFree {
+        slot: u16,
         pid: u32,
     },
     Compiled {
@@ -78,6 +104,7 @@ pub(in crate::pipeline) enum Command {
     /// Its probes are off.
     Left {
         pid: u32,
+        serial: u64,
         time: Option<Duration>,
     },
     /// Copy all counters, for windows that begin now.
@@ -138,6 +165,21 @@ impl TracerHandle {
                 holder: Holder::Nobody,
                 reply,
             })
+            .await
+            .map_err(|_| TargetError::Stopped)?;
+        answer.await.map_err(|_| TargetError::Stopped)?
+    }
+
+    /// Traces every process that there is and will be; returns when all allocators that are
+    /// mapped now are probed.
+    ///
+    /// # Errors
+    ///
+    /// [`TargetError`]; the tracer was not started for it, or it is not safe on this host.
+    pub async fn trace_all(&self) -> Result<Everyone, TargetError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .send(Command::TraceAll { reply })
             .await
             .map_err(|_| TargetError::Stopped)?;
         answer.await.map_err(|_| TargetError::Stopped)?

@@ -9,12 +9,12 @@ use crate::{
     pipeline::{
         install::take_out,
         scan::{Scan, Scanner},
-        target::{Image, State, TargetError},
+        target::{Image, State, Target, TargetError},
     },
     prefilter::attach::Image as PrefilterImage,
     probe::mode::ProbeMode,
     process::info::{ProcessInfo, first_thread_has_ended},
-    ring::mmap_events::MmapEvent,
+    ring::mmap_events::{HostEvent, MmapEvent},
     sample::ImageId,
 };
 
@@ -22,12 +22,22 @@ impl Tracer {
     /// Takes notice of what was mapped since the last time.
     pub(super) fn drain_mmap_events(&mut self) {
         let mut events: Vec<MmapEvent> = Vec::new();
+        let mut lives: Vec<HostEvent> = Vec::new();
         let targets = &self.targets;
+        let is_system_wide = self.system.is_some();
         self.mmap_events.drain(|event| {
-            if targets.contains_key(&event.pid) {
-                events.push(event);
+            if let HostEvent::Mmap(event) = &event
+                && targets.get(&event.pid).is_some_and(Target::is_live)
+            {
+                events.push(event.clone());
+            }
+            if is_system_wide {
+                lives.push(event);
             }
         });
+        if !lives.is_empty() {
+            self.note_lives(lives);
+        }
         // Each CPU has a buffer of its own; the newest mapping of an address wins.
         events.sort_by_key(|event| event.timestamp_ns);
         let mut changed = BTreeSet::new();
@@ -127,6 +137,8 @@ impl Tracer {
 
     /// A rescan has come back.
     pub(super) fn rescanned(&mut self, image: ImageId, result: Result<Box<Scan>, TargetError>) {
+        // What was read may be another program's: then its event was in the ring by then.
+        self.drain_ring();
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
@@ -190,16 +202,23 @@ impl Tracer {
         }
         let old = current.id;
         let before = &current.info;
+        if target.is_shared && !target.is_live() {
+            return;
+        }
         // At once, not in the job: a short-lived program may be gone by then.
+        let birth = self
+            .system
+            .as_mut()
+            .and_then(|system| system.births.take(image.pid));
         let info = Scanner::info(image.pid)
-            .filter(|now| now.start_ticks == before.start_ticks)
+            .filter(|now| now.start_ticks == before.start_ticks || before.start_ticks == 0)
             .unwrap_or_else(|| ProcessInfo {
                 comm: comm.unwrap_or(&before.comm).to_owned(),
-                exe: String::new(),
+                exe: birth.and_then(|birth| birth.exe()).unwrap_or_default(),
                 ..before.clone()
             });
         let code = current.code.inherit();
-        info!(
+        debug!(
             pid = image.pid,
             epoch = image.epoch,
             "the process has replaced its program"
@@ -225,9 +244,16 @@ impl Tracer {
         }
         let mut next = Image::new(image, info, code, losses);
         next.totals.set_base(totals_base);
+        let is_unwanted = target.is_shared && self.is_unwanted(&next.info);
+        let Some(target) = self.targets.get_mut(&image.pid) else {
+            return;
+        };
         target.images.push(next);
         target.seen_files.clear();
         target.jobs += 1;
+        if is_unwanted {
+            self.unwanted.push(image.pid);
+        }
         self.replaced.push(old);
         self.spawn_rescan_without(image, stale);
         self.publish_mappings(image.pid);
@@ -239,7 +265,8 @@ impl Tracer {
     /// the program. The look through the new image's mappings, on its way by now,
     /// finds the sites.
     pub(super) fn probe_again(&mut self, pid: u32) {
-        let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) else {
+        let is_its_own = |target: &&mut Target| target.is_live() && !target.is_shared;
+        let Some(target) = self.targets.get_mut(&pid).filter(is_its_own) else {
             return;
         };
         target.is_probed_anew = true;
@@ -274,13 +301,13 @@ impl Tracer {
     pub(super) fn close_replaced(&mut self) {
         self.confirm_totals();
         for image in std::mem::take(&mut self.replaced) {
-            self.settle();
+            self.settle_of(image.pid);
             self.close_books(image);
         }
     }
 
-    pub(super) fn exited(&mut self, pid: u32) {
-        let Some(target) = self.targets.get_mut(&pid) else {
+    pub(super) fn exited(&mut self, pid: u32, serial: u64) {
+        let Some(target) = self.target_of(pid, serial) else {
             return;
         };
         target.exit_seen = true;
@@ -293,17 +320,22 @@ impl Tracer {
 
     /// The last act for a process that is gone.
     pub(super) fn end_target(&mut self, pid: u32) {
-        let Some(slot) = self.targets.get(&pid).map(|target| target.slot) else {
+        let Some(target) = self.targets.get(&pid) else {
             return;
         };
+        let (slot, serial, is_shared) = (target.slot, target.serial, target.is_shared);
         self.close_target(pid);
+        if is_shared {
+            debug!(pid, "the process has exited");
+            return;
+        }
         info!(pid, "the process has exited");
         let prober = self.prober.clone();
         let myself = self.myself.clone();
         tokio::spawn(async move {
             let time = prober.detach(slot).await;
             if let Some(sender) = myself.upgrade() {
-                let _ = sender.send(Command::Detached { pid, time }).await;
+                let _ = sender.send(Command::Detached { pid, serial, time }).await;
             }
         });
     }
@@ -314,30 +346,25 @@ impl Tracer {
         // All of its events are in the ring by now.
         self.drain_ring();
         self.close_replaced();
-        self.settle();
+        self.settle_of(pid);
         self.refresh_totals_of(pid);
         let Some(target) = self.targets.get(&pid) else {
             return;
         };
-        let slot = target.slot;
-        let losses = self.losses(slot);
+        let losses = self.losses(target.slot);
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
-        target.state = State::Ended;
-        drop(target.end_stubs());
-        target.image_bytes = 0;
-        // BPF walks no stack of it any more.
-        target.list = None;
-        target.tables.clear();
+        target.end(losses);
         let Some(image) = target.images.last_mut() else {
             return;
         };
-        image.end(losses);
         Self::end_go(image);
         let image = image.id;
         self.close_books(image);
-        if let Err(error) = self.slot_map.remove(&pid) {
+        if !self.is_left_alone(pid)
+            && let Err(error) = self.slot_map.remove(&pid)
+        {
             warn!(pid, %error, "cannot forget the slot of an ended process");
         }
         self.publish_live();

@@ -128,11 +128,11 @@ impl Tracer {
             })
             .collect();
         for file in files {
-            let tables = self.tables.clone();
+            let scanner = self.scanner.clone();
             self.spawn_job(move || Command::Compiled {
                 pid,
                 file: (file.device, file.inode),
-                table: tables.of(&file),
+                table: scanner.table_of(&file),
             });
         }
     }

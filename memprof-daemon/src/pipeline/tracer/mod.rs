@@ -8,8 +8,11 @@
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
 
+mod admission;
 mod attaching;
+mod births;
 mod booking;
+mod claims;
 mod config;
 pub(super) mod golang;
 mod handle;
@@ -18,6 +21,8 @@ mod mappings;
 mod marks;
 pub(super) mod prefilter;
 mod reporting;
+mod slots;
+mod system;
 mod taking_out;
 pub(super) mod targets;
 mod totals;
@@ -39,14 +44,15 @@ use memprof_common::{
 };
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     time::MissedTickBehavior,
 };
 use tracing::{error, warn};
 
-use self::{handle::Command, marks::Mark};
+use self::{handle::Command, marks::Mark, slots::Slots, system::System};
 pub use self::{
     handle::TracerHandle,
+    system::Everyone,
     targets::{LeaveError, Left},
 };
 use super::{
@@ -69,7 +75,7 @@ use crate::{
     ring::{
         events::EventRing,
         log::LogReader,
-        mmap_events::{MmapAlarm, MmapEvents, MmapEventsError},
+        mmap_events::{MmapAlarm, MmapEvents, MmapEventsError, Scope},
     },
     sample::{ImageId, Sample},
 };
@@ -85,6 +91,10 @@ pub struct TracerOptions {
     pub sizes: Sizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
+    /// Every process is traced, once that is [asked for](TracerHandle::trace_all).
+    pub all: bool,
+    /// How long what is known of a process is kept after its end; for ever if none.
+    pub keep_exited: Option<Duration>,
     /// How long threads may be in the way of the prefilter.
     pub attach_timeout: Duration,
     /// How to walk stacks.
@@ -106,6 +116,9 @@ pub enum StartError {
     /// The kernel does not tell about new mappings.
     #[error("cannot watch for new executable mappings")]
     MmapEvents(#[from] MmapEventsError),
+    /// All processes are to be traced, and none may be written to unasked.
+    #[error("all processes are traced by uprobes, which write to none: not with --probe prefilter")]
+    NotByPrefilter,
     /// The ring or the log cannot be watched, or there is no thread left.
     #[error("cannot set up the tracer")]
     Io(#[from] io::Error),
@@ -114,12 +127,19 @@ pub enum StartError {
 /// Commands that may wait. Senders wait when there are more.
 const QUEUE: usize = 256;
 
+/// Jobs under way at a time: where every process is traced, a hundred can start at once, and
+/// what is traced is to have the processors.
+const MAX_JOBS: usize = 8;
+
 /// Records of the ring that are taken before other work gets its turn.
 const DRAIN_LIMIT: usize = 4096;
 
 /// After new mappings were looked at, others wait so long: programs that start one after the
 /// other keep nobody busy.
 const MMAP_REST: Duration = Duration::from_millis(5);
+
+/// How long files that no process maps any more are held, in case that another one does.
+const HOLD_FILES: Duration = Duration::from_secs(10);
 
 /// How often what nobody announces is looked after: new mappings, lost events.
 const TICK: Duration = Duration::from_millis(100);
@@ -150,7 +170,12 @@ pub struct Tracer {
     mmap_lost_seen: u64,
     ledger: Ledger,
     targets: BTreeMap<u32, Target>,
-    next_slot: u16,
+    slots: Slots,
+    /// Where every process is traced.
+    system: Option<System>,
+    last_serial: u64,
+    /// Processes that are traced with all others and are not to be.
+    unwanted: Vec<u32>,
     /// Images that have been replaced and whose books are to be closed.
     replaced: Vec<ImageId>,
     probe_mode: ProbeMode,
@@ -164,6 +189,8 @@ pub struct Tracer {
     publish_at: Option<Instant>,
     stack_copies: Option<StackCopies>,
     log: Option<LogReader>,
+    /// Turns for jobs.
+    jobs: Arc<Semaphore>,
     /// For jobs to answer to.
     myself: mpsc::WeakSender<Command>,
     commands: mpsc::Receiver<Command>,
@@ -182,6 +209,8 @@ pub struct Tracer {
     reset: Option<Arc<Mark>>,
     /// Sums over the targets that have been forgotten.
     forgotten: Sums,
+    /// How many these are.
+    forgotten_targets: u64,
     /// Losses as they were last told in sums.
     told_losses: BTreeMap<&'static str, u64>,
 }
@@ -205,7 +234,14 @@ impl Tracer {
     /// # Errors
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
-    pub fn start(options: TracerOptions) -> Result<TracerHandle, StartError> {
+    pub fn start(mut options: TracerOptions) -> Result<TracerHandle, StartError> {
+        let system = options.all.then(System::new);
+        if options.all && options.probe_mode.may_write() {
+            if !options.probe_mode.may_probe() {
+                return Err(StartError::NotByPrefilter);
+            }
+            options.probe_mode = ModeChoice::Uprobe;
+        }
         let stack_copies = options.stack_copies.as_deref();
         let loaded = loader::load(&LoadOptions {
             sizes: options.sizes,
@@ -219,7 +255,11 @@ impl Tracer {
             .map(|(path, ring)| StackCopies::create(path, ring))
             .transpose()?;
         let tables = Arc::new(TableStore::new(loaded.maps.arena));
-        let mmap_events = MmapEvents::open()?;
+        let mmap_events = MmapEvents::open(if system.is_some() {
+            Scope::Lives
+        } else {
+            Scope::Mappings
+        })?;
         let (sender, commands) = mpsc::channel(QUEUE);
         let (live, live_receiver) = watch::channel(0);
         let log = loaded.log.map(LogReader::new).transpose()?;
@@ -241,7 +281,15 @@ impl Tracer {
             mmap_lost_seen: 0,
             ledger: Ledger::new(),
             targets: BTreeMap::new(),
-            next_slot: 0,
+            slots: Slots::new(
+                loaded.maps.states,
+                loaded.maps.free_slots,
+                loaded.maps.unclaimed_calls,
+                loaded.maps.calls,
+            ),
+            system,
+            last_serial: 0,
+            unwanted: Vec::new(),
             replaced: Vec::new(),
             probe_mode: loaded.prober.mode(),
             unconfirmed_totals: Vec::new(),
@@ -252,6 +300,7 @@ impl Tracer {
             publish_at: None,
             stack_copies,
             log,
+            jobs: Arc::new(Semaphore::new(MAX_JOBS)),
             myself: sender.downgrade(),
             commands,
             live,
@@ -265,6 +314,7 @@ impl Tracer {
             is_paused: false,
             reset: None,
             forgotten: Sums::default(),
+            forgotten_targets: 0,
             told_losses: BTreeMap::new(),
         };
         tokio::spawn(tracer.run());
@@ -335,6 +385,7 @@ impl Tracer {
             self.apply_all(&batch);
             batch.clear();
             self.close_replaced();
+            self.let_unwanted_go();
             self.write_stack_copies();
             self.work.longest_round = self.work.longest_round.max(begun.elapsed());
             // There is more, and there will be: let others have their turn, the signal that
@@ -353,12 +404,22 @@ impl Tracer {
             Command::GoRead(read) => self.go_read(*read),
             Command::AttachDone { pid, batch, result } => self.attach_done(pid, batch, result),
             Command::Hooked(hooked) => self.hooked(*hooked),
-            Command::Detached { pid, time } => {
-                if let Some(target) = self.targets.get_mut(&pid) {
-                    target.detach_time = time;
+            Command::Detached { pid, serial, time } => {
+                if let Some(target) = self.target_of(pid, serial) {
+                    // The thread that detaches may have ended, and all probes with it.
+                    target.detach_time = time.or(Some(Duration::ZERO));
                 }
             }
-            Command::Exited { pid } => self.exited(pid),
+            Command::Exited { pid, serial } => self.exited(pid, serial),
+            Command::TraceAll { reply } => self.trace_all(reply),
+            Command::Swept(swept) => self.swept(&swept),
+            Command::Looked(modules) => self.share_modules(&modules),
+            Command::Shared { file, result } => self.shared(file, result),
+            Command::Met(met) => self.met(*met),
+            Command::SlotFree { slot, pid } => {
+                tracing::debug!(pid, slot, "the slot is free");
+                self.give_back(slot, true);
+            }
             Command::Compiled { pid, file, table } => self.compiled(pid, file, table),
             Command::Capture { pid, since, reply } => {
                 let capture = self.capture(pid, since.as_deref());
@@ -372,7 +433,7 @@ impl Tracer {
             }
             Command::Detach { pid, reply } => self.detach(pid, reply),
             Command::TakenOut(taken_out) => self.taken_out(*taken_out),
-            Command::Left { pid, time } => self.left(pid, time),
+            Command::Left { pid, serial, time } => self.left(pid, serial, time),
             Command::Processes { reply } => {
                 let processes = self.processes();
                 let _ = reply.send(processes);
@@ -399,7 +460,10 @@ impl Tracer {
         // BPF wakes the reader of the ring for little.
         self.drain_ring();
         self.refill();
+        self.look_after_all(slow);
         if slow {
+            self.scanner.forget_files(HOLD_FILES);
+            self.forget_kept();
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory();
@@ -417,16 +481,30 @@ impl Tracer {
         }
     }
 
+    const fn next_serial(&mut self) -> u64 {
+        self.last_serial += 1;
+        self.last_serial
+    }
+
     /// Runs `work` where it may block, and has the command it makes served.
     fn spawn_job(&self, work: impl FnOnce() -> Command + Send + 'static) {
         let myself = self.myself.clone();
-        tokio::task::spawn_blocking(move || {
+        let job = move || {
             let command = work();
             if let Some(sender) = myself.upgrade()
                 && sender.blocking_send(command).is_err()
             {
                 warn!("the tracer ended before a job was done");
             }
+        };
+        let jobs = Arc::clone(&self.jobs);
+        tokio::spawn(async move {
+            // It is never closed.
+            let turn = jobs.acquire_owned().await;
+            tokio::task::spawn_blocking(move || {
+                job();
+                drop(turn);
+            });
         });
     }
 

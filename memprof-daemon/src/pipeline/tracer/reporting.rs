@@ -53,7 +53,7 @@ impl Tracer {
         };
         let mut images = Vec::new();
         let mut duration = Duration::ZERO;
-        for (_, target) in self.targets.iter().filter(|(pid, _)| is_wanted(**pid)) {
+        for (_, target) in self.shown().filter(|(pid, _)| is_wanted(**pid)) {
             duration = duration.max(basis.limit(target.since.elapsed()));
             probe.sites.extend(target.sites.iter().cloned());
             let losses = self.losses(target.slot);
@@ -66,6 +66,7 @@ impl Tracer {
                 let go = image.go.as_ref().and_then(GoImage::target);
                 let is_go = go.is_some();
                 images.extend(go.map(|go| ImageCapture {
+                    inherited: None,
                     info: image.info.clone(),
                     exited: image.ended(),
                     engine: Engine::GoRuntime,
@@ -98,6 +99,7 @@ impl Tracer {
                         .and_then(GoImage::refusal)
                         .map(str::to_owned),
                     traced: basis.traced(image),
+                    inherited: image.inherited,
                     totals: basis.totals(image, image.totals.exact()),
                     losses: basis.losses(image, lost),
                     mappings: image.code.first().clone(),
@@ -105,6 +107,9 @@ impl Tracer {
                     groups: image.versions.group(basis.counters(image, stacks)),
                 });
             }
+        }
+        if let Some(system) = &self.system {
+            probe.sites.extend(system.sites().cloned());
         }
         probe.sites.sort();
         probe.sites.dedup();
@@ -121,8 +126,7 @@ impl Tracer {
 
     pub(super) fn processes(&mut self) -> Vec<ProcessSummary> {
         self.catch_up();
-        self.targets
-            .iter()
+        self.shown()
             .map(|(&pid, target)| {
                 let info = target.images.last().map(|image| &image.info);
                 ProcessSummary {
@@ -147,6 +151,10 @@ impl Tracer {
             failed_sweeps: self.failed_sweeps,
             undecodable_events: self.undecodable_events,
             lost_mapping_events: self.mmap_events.lost(),
+            traces_all: self.system.is_some(),
+            free_slots: self.slots.free(),
+            unclaimed_calls: self.slots.unclaimed_calls(),
+            forgotten_processes: self.forgotten_targets,
             missing_stacks: self.missing_stacks,
             unwind: self.options.unwind.name(),
             unwind_table_bytes: self.tables.bytes(),
@@ -157,8 +165,7 @@ impl Tracer {
             sums: self.sums(),
             attaching: self.work.attaching,
             processes: self
-                .targets
-                .iter()
+                .shown()
                 .map(|(&pid, target)| {
                     let losses = self.losses(target.slot);
                     ProcessStats {
@@ -184,6 +191,12 @@ impl Tracer {
                 })
                 .collect(),
         }
+    }
+
+    /// The targets that others are told of.
+    fn shown(&self) -> impl Iterator<Item = (&u32, &Target)> {
+        let targets = self.targets.iter();
+        targets.filter(|(_, target)| !target.is_unwanted)
     }
 
     fn facts_of(&self, pid: u32, target: &Target) -> ProcessFacts {

@@ -84,6 +84,10 @@ pub(in crate::pipeline) struct TakenOut {
     result: Option<Result<StoppedTime, DetachError>>,
 }
 
+/// How long programs of BPF's are waited for that have looked a process up before it was
+/// let go.
+const GRACE: Duration = Duration::from_millis(20);
+
 impl Tracer {
     /// Begins to let a process go.
     pub(super) fn detach(&mut self, pid: u32, reply: LeaveReply) {
@@ -210,28 +214,41 @@ impl Tracer {
         self.take_probes_off(pid);
     }
 
-    fn take_probes_off(&self, pid: u32) {
-        let Some(slot) = self.targets.get(&pid).map(|target| target.slot) else {
+    fn take_probes_off(&mut self, pid: u32) {
+        let Some(target) = self.targets.get(&pid) else {
             return;
         };
+        let (slot, serial, is_shared) = (target.slot, target.serial, target.is_shared);
+        if is_shared {
+            self.stop_sharing(pid);
+        }
         let prober = self.prober.clone();
         let myself = self.myself.clone();
         tokio::spawn(async move {
-            let time = prober.detach(slot).await;
+            let time = if is_shared {
+                // Those programs that run now are done then.
+                tokio::time::sleep(GRACE).await;
+                None
+            } else {
+                prober.detach(slot).await
+            };
             if let Some(sender) = myself.upgrade() {
-                let _ = sender.send(Command::Left { pid, time }).await;
+                let _ = sender.send(Command::Left { pid, serial, time }).await;
             }
         });
     }
 
     /// Nothing of ours is in the process any more.
-    pub(super) fn left(&mut self, pid: u32, detach_time: Option<Duration>) {
+    pub(super) fn left(&mut self, pid: u32, serial: u64, detach_time: Option<Duration>) {
         // It may have exited meanwhile.
-        if self.targets.get(&pid).is_some_and(Target::is_live) {
+        if self
+            .target_of(pid, serial)
+            .is_some_and(|target| target.is_live())
+        {
             self.close_target(pid);
             info!(pid, "the process has been let go");
         }
-        let Some(target) = self.targets.get_mut(&pid) else {
+        let Some(target) = self.target_of(pid, serial) else {
             return;
         };
         target.detach_time = detach_time;
@@ -250,21 +267,58 @@ impl Tracer {
         }
     }
 
+    /// Lets a process go that turned up, or runs a program now, that is not to be traced.
+    pub(super) fn let_unwanted_go(&mut self) {
+        for pid in std::mem::take(&mut self.unwanted) {
+            let is_shared = |target: &&mut Target| target.is_live() && target.is_shared;
+            let Some(target) = self.targets.get_mut(&pid).filter(is_shared) else {
+                continue;
+            };
+            target.leaving = Leaving::Left;
+            self.stop_sharing(pid);
+            self.close_target(pid);
+        }
+    }
+
     /// Forgets what is known of a process that is not traced any more, if nothing of it is
     /// under way; what it has counted stays in the sums over all.
     pub(super) fn forget_ended(&mut self, pid: u32) {
-        let is_over = self.targets.get(&pid).is_some_and(|target| {
-            let is_settled = matches!(target.leaving, Leaving::No | Leaving::Left);
-            !target.is_live() && is_settled && target.jobs == 0 && target.detach_time.is_some()
-        });
-        if !is_over {
+        if !self.targets.get(&pid).is_some_and(Target::is_over) {
             return;
         }
         if let Some(target) = self.targets.remove(&pid) {
-            let sums = self.sums_of(&target);
-            self.forgotten.add(&sums);
-            self.ledger.forget(pid);
+            self.forget(pid, &target);
+            if target.has_slot {
+                self.give_back(target.slot, target.is_leaving());
+            }
         }
+    }
+
+    /// Forgets the processes that ended long enough ago.
+    pub(super) fn forget_kept(&mut self) {
+        let Some(keep) = self.options.keep_exited else {
+            return;
+        };
+        let is_due = |target: &Target| {
+            target.is_unwanted || target.ended().is_some_and(|ended| ended.elapsed() >= keep)
+        };
+        let due: Vec<u32> = self
+            .targets
+            .iter()
+            .filter(|(_, target)| !target.is_live() && is_due(target))
+            .map(|(&pid, _)| pid)
+            .collect();
+        for pid in due {
+            self.forget_ended(pid);
+        }
+    }
+
+    /// Moves what a target has counted to the sums over those that are forgotten.
+    pub(super) fn forget(&mut self, pid: u32, target: &Target) {
+        let sums = self.sums_of(target);
+        self.forgotten.add(&sums);
+        self.forgotten_targets += 1;
+        self.ledger.forget(pid);
     }
 
     /// What the images of a target have counted.
@@ -284,6 +338,11 @@ impl Tracer {
 }
 
 impl Target {
+    /// Whether it is not in the middle of being let go.
+    pub(super) const fn has_settled(&self) -> bool {
+        matches!(self.leaving, Leaving::No | Leaving::Left)
+    }
+
     /// Whether it is let go, or is to be: nothing more is put into it.
     pub(super) const fn is_leaving(&self) -> bool {
         !matches!(self.leaving, Leaving::No)

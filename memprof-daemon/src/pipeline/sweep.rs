@@ -1,0 +1,103 @@
+//! Looking through all processes for files with allocators. Blocks; runs in jobs.
+//!
+//! The kernel tells of each file that is mapped from the start of the tracer on; what was
+//! mapped before, and what was not told for lack of room, is found here.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    sync::Arc,
+};
+
+use super::scan::Scanner;
+use crate::{
+    probe::find::AllocatorModule,
+    process::{
+        mapping::MappedFile,
+        maps::{MapsEntry, read_maps},
+    },
+    ring::mmap_events::MmapEvent,
+};
+
+/// A file as the kernel names it in mappings: device and inode. The device can be another
+/// than the file itself tells (overlayfs, btrfs).
+type KernelFile = (u32, u32, u64);
+
+/// What was found.
+#[derive(Debug, Default)]
+pub(super) struct Swept {
+    /// Files with allocators that some process maps.
+    pub(super) modules: Vec<AllocatorModule>,
+    /// The inodes of all files that are mapped executable, on whatever device.
+    pub(super) mapped_inodes: HashSet<u64>,
+    /// The processes that there are.
+    pub(super) pids: HashSet<u32>,
+}
+
+impl Scanner {
+    /// Looks through all processes.
+    pub(super) fn sweep(&self) -> Swept {
+        let mut swept = Swept::default();
+        let mut seen: HashSet<KernelFile> = HashSet::new();
+        for pid in all_pids() {
+            swept.pids.insert(pid);
+            // It may have ended, or be a part of the kernel, and then maps nothing.
+            let Ok(entries) = read_maps(pid) else {
+                continue;
+            };
+            for entry in entries.iter().filter(|e| e.executable && e.is_file()) {
+                swept.mapped_inodes.insert(entry.inode);
+                if seen.insert(kernel_file(entry)) {
+                    let file = self.open(pid, entry);
+                    // Another process may show it as it is.
+                    if file.file.is_none() {
+                        seen.remove(&kernel_file(entry));
+                    }
+                    swept.modules.extend(self.allocators_in(&file));
+                }
+            }
+        }
+        swept
+    }
+
+    /// The allocators among files that have just been mapped.
+    pub(super) fn allocators_mapped(&self, events: &[MmapEvent]) -> Vec<AllocatorModule> {
+        let mut files: HashMap<(u64, u64), Arc<MappedFile>> = HashMap::new();
+        for event in events {
+            if let Some(file) = self.mapping_of(event).and_then(|mapping| mapping.file) {
+                files.insert((file.device, file.inode), file);
+            }
+        }
+        files
+            .values()
+            .flat_map(|file| self.allocators_in(file))
+            .collect()
+    }
+}
+
+const fn kernel_file(entry: &MapsEntry) -> KernelFile {
+    (entry.device_major, entry.device_minor, entry.inode)
+}
+
+/// The ids of all processes that there are now.
+fn all_pids() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that this process is among all, and the one that the kernel starts first.
+    #[test]
+    fn finds_this_process() {
+        let pids = all_pids();
+        assert!(pids.contains(&1) && pids.contains(&std::process::id()));
+    }
+}
