@@ -40,7 +40,7 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 24] = [
+const ONCE: [&str; 25] = [
     "config",
     "containers",
     "debuginfod",
@@ -61,6 +61,7 @@ const ONCE: [&str; 24] = [
     "service",
     "symbols",
     "system",
+    "system_soak",
     "table_delay",
     "unwind_gdb",
     "unwind_places",
@@ -209,8 +210,26 @@ pub(crate) fn unit(workspace: &Path) -> Result<()> {
 ///
 /// A process was not as before, or has failed.
 pub(crate) fn stress(workspace: &Path, seconds: &str) -> Result<()> {
+    run_for(
+        workspace,
+        "prefilter_stress",
+        ("MEMPROF_STRESS_SECONDS", seconds),
+    )
+}
+
+/// Traces every process for so many seconds, while programs start and end.
+///
+/// # Errors
+///
+/// Something has grown, or was lost.
+pub(crate) fn soak(workspace: &Path, seconds: &str) -> Result<()> {
+    run_for(workspace, "system_soak", ("MEMPROF_SOAK_SECONDS", seconds))
+}
+
+/// Runs a test, optimized, that takes as long as a variable says.
+fn run_for(workspace: &Path, test: &str, time: (&str, &str)) -> Result<()> {
     run(cargo(workspace).args(["build", "--release", "--package", "memprof-daemon"]))?;
-    let variables = [("MEMPROF_STRESS_SECONDS", seconds)];
+    let variables = [time];
     let mut command = cargo(workspace);
     command.envs(variables);
     if !is_root()? {
@@ -220,7 +239,8 @@ pub(crate) fn stress(workspace: &Path, seconds: &str) -> Result<()> {
         "test",
         "--release",
         "--package=memprof-tests",
-        "--test=prefilter_stress",
+        "--test",
+        test,
         "--",
         "--ignored",
         "--nocapture",

@@ -29,6 +29,8 @@ usage: cargo xtask COMMAND
                     each; 300 if not told
   stress [SECONDS]  attach the prefilter and take it out, again and again, under threads
                     that allocate, fork and get signals, as root; 600 if not told
+  soak [SECONDS]    trace every process while 20 programs a second start and end, as root;
+                    1800 if not told
   bench [OPTION...] measure memprof beside its peers, as root, and write
                     docs/benchmarks.md; `bench --help` lists the options
   kernels [KERNEL...]
@@ -60,6 +62,8 @@ fn dispatch() -> Result<()> {
         ["fuzz", seconds] => checks::fuzz(&workspace, seconds),
         ["stress"] => checks::stress(&workspace, "600"),
         ["stress", seconds] => checks::stress(&workspace, seconds),
+        ["soak"] => checks::soak(&workspace, "1800"),
+        ["soak", seconds] => checks::soak(&workspace, seconds),
         ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
         ["kernels", ..] => kernels::kernels(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),

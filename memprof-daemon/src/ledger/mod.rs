@@ -40,7 +40,10 @@ pub mod baseline;
 mod image;
 pub mod snapshot;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use memprof_common::stack::StackKey;
 
@@ -212,6 +215,21 @@ impl Ledger {
             .filter(|&(&image, _)| wanted(image))
             .flat_map(|(&image, books)| books.live_addresses().map(move |addr| (image, addr)))
             .map(|(image, addr)| AllocKey { image, addr })
+            .collect()
+    }
+
+    /// Forgets the frames of stacks that are in nobody's books any more; returns which.
+    pub fn forget_unused_stacks(&mut self) -> Vec<StackKey> {
+        let used: HashSet<StackKey> = self
+            .images
+            .values()
+            .flat_map(ImageBooks::stacks)
+            .map(|(stack, _)| stack.key)
+            .chain([StackKey::UNKNOWN])
+            .collect();
+        self.traces
+            .extract_if(|stack, _| !used.contains(stack))
+            .map(|(stack, _)| stack)
             .collect()
     }
 

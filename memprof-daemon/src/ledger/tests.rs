@@ -337,3 +337,19 @@ fn random_operations_with_loss_end_in_the_truth() {
         }
     }
 }
+
+/// Check that frames are forgotten of those stacks alone that are in nobody's books, and that
+/// what is in them is still shown.
+#[test]
+fn unused_stacks_are_forgotten() {
+    let mut ledger = ledger();
+    ledger.alloc(&alloc(SEVEN, 0xa, 1, 500));
+    assert_eq!(ledger.forget_unused_stacks(), [Y.key]);
+    assert!(ledger.knows_stack(X.key) && !ledger.knows_stack(Y.key));
+    assert!(ledger.knows_stack(StackKey::UNKNOWN));
+    ledger.close(SEVEN);
+    assert!(ledger.forget_unused_stacks().is_empty());
+    assert_eq!(ledger.snapshot(|_| true).images[0].stacks.len(), 1);
+    ledger.forget(SEVEN.pid);
+    assert_eq!(ledger.forget_unused_stacks(), [X.key]);
+}

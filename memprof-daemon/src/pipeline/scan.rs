@@ -37,6 +37,14 @@ pub(super) struct Scanner {
     recent: Mutex<HashMap<FileId, Recent>>,
 }
 
+/// Whether the unwind tables of a process's files are made when it is read: the largest take
+/// a second, and others may be waiting to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tables {
+    Made,
+    Later,
+}
+
 /// A file that is held, and its table.
 #[derive(Debug)]
 struct Recent {
@@ -141,7 +149,7 @@ impl Scanner {
     /// prefilter in it that must not be taken out, or cannot be within `clear`.
     pub(super) fn scan(&self, pid: u32, clear: Option<Duration>) -> Result<Scan, TargetError> {
         clear_leftover(pid, clear)?;
-        let scan = self.read(pid, |mappings, go| {
+        let scan = self.read(pid, Tables::Made, |mappings, go| {
             let error = match self.finder.find_all(pid, mappings) {
                 Ok(modules) => return Ok(modules),
                 Err(error) => error,
@@ -169,8 +177,8 @@ impl Scanner {
     /// # Errors
     ///
     /// As for [`Self::scan`].
-    pub(super) fn rescan(&self, pid: u32) -> Result<Scan, TargetError> {
-        self.read(pid, |mappings, _| {
+    pub(super) fn rescan(&self, pid: u32, tables: Tables) -> Result<Scan, TargetError> {
+        self.read(pid, tables, |mappings, _| {
             Ok(mappings
                 .files()
                 .iter()
@@ -182,6 +190,7 @@ impl Scanner {
     fn read(
         &self,
         pid: u32,
+        tables: Tables,
         find: impl FnOnce(
             &MappingTable,
             &mut Option<FoundGo>,
@@ -196,11 +205,14 @@ impl Scanner {
         let mappings = read_mappings(pid, &self.files)?;
         let mut go = golang::find(pid, &mappings);
         let modules = find(&mappings, &mut go)?;
-        let tables = mappings
-            .files()
-            .iter()
-            .map(|file| ((file.device, file.inode), self.table_of(file)))
-            .collect();
+        let tables = match tables {
+            Tables::Made => mappings
+                .files()
+                .iter()
+                .map(|file| ((file.device, file.inode), self.table_of(file)))
+                .collect(),
+            Tables::Later => Vec::new(),
+        };
         Ok(Scan {
             info,
             mappings,

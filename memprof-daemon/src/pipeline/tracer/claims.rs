@@ -18,7 +18,7 @@ use crate::{
     causes::with_causes,
     export::{Numbers, profile::Inherited},
     pipeline::{
-        scan::{Scan, Scanner, monotonic_ns},
+        scan::{Scan, Scanner, Tables, monotonic_ns},
         target::{Image, State, Target, TargetError},
     },
     process::{
@@ -30,15 +30,6 @@ use crate::{
     },
     sample::{Claim, ImageId},
 };
-
-/// What a look at a process that has turned up has brought.
-pub(in crate::pipeline) struct Met {
-    pub(in crate::pipeline) pid: u32,
-    pub(in crate::pipeline) serial: u64,
-    /// None if it is gone, or cannot be watched.
-    pub(in crate::pipeline) exit: Option<ExitWatch>,
-    pub(in crate::pipeline) scan: Result<Box<Scan>, TargetError>,
-}
 
 impl Tracer {
     /// A process that was not known has taken a slot. Called in the middle of other work:
@@ -105,16 +96,13 @@ impl Tracer {
         self.publish_live();
         self.compile_missing(pid);
         self.publish_mappings(pid);
+        // Not in the job, which may have to wait for its turn.
+        self.watch_exit(pid, serial, None);
         let scanner = self.scanner.clone();
-        self.spawn_job(move || {
-            // The watch first: from then on the pid is this process's, or it is gone.
-            let exit = ExitWatch::open(pid).ok();
-            Command::Met(Box::new(Met {
-                pid,
-                serial,
-                exit,
-                scan: scanner.rescan(pid).map(Box::new),
-            }))
+        self.spawn_job(move || Command::Met {
+            pid,
+            serial,
+            scan: scanner.rescan(pid, Tables::Later).map(Box::new),
         });
     }
 
@@ -133,17 +121,9 @@ impl Tracer {
     }
 
     /// A process that has turned up was looked at.
-    pub(super) fn met(&mut self, met: Met) {
-        let Met {
-            pid,
-            serial,
-            exit,
-            scan,
-        } = met;
-        let image = ImageId { pid, epoch: 0 };
+    pub(super) fn met(&mut self, pid: u32, serial: u64, scan: Result<Box<Scan>, TargetError>) {
         if self.target_of(pid, serial).is_some() {
-            self.rescanned(image, scan);
-            self.watch_exit(pid, serial, exit);
+            self.rescanned(ImageId { pid, epoch: 0 }, scan);
         }
     }
 

@@ -10,7 +10,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
-    claims::Met,
     golang::GoRead,
     marks::Mark,
     prefilter::Hooked,
@@ -84,7 +83,12 @@ pub(in crate::pipeline) enum Command {
         file: FileId,
         result: Result<Duration, AttachError>,
     },
-    Met(Box<Met>),
+    /// A process that has turned up was looked at.
+    Met {
+        pid: u32,
+        serial: u64,
+        scan: Result<Box<Scan>, TargetError>,
+    },
     /// The slot of a process that could not be traced is nobody's any more.
     SlotFree {
         slot: u16,

@@ -8,7 +8,7 @@ use super::{Command, Tracer, attaching::Found, golang::GoImage};
 use crate::{
     pipeline::{
         install::take_out,
-        scan::{Scan, Scanner},
+        scan::{Scan, Scanner, Tables},
         target::{Image, State, Target, TargetError},
     },
     prefilter::attach::Image as PrefilterImage,
@@ -17,6 +17,9 @@ use crate::{
     ring::mmap_events::{HostEvent, MmapEvent},
     sample::ImageId,
 };
+
+/// Processes whose memory is asked for a second.
+const MEMORY_TURN: usize = 128;
 
 impl Tracer {
     /// Takes notice of what was mapped since the last time.
@@ -122,6 +125,11 @@ impl Tracer {
     fn spawn_rescan_without(&self, image: ImageId, stale: Option<PrefilterImage>) {
         let scanner = self.scanner.clone();
         let time_limit = self.options.attach_timeout;
+        let tables = if self.system.is_some() {
+            Tables::Later
+        } else {
+            Tables::Made
+        };
         self.spawn_job(move || {
             if let Some(stale) = stale
                 && let Err(error) = take_out(image.pid, &stale, time_limit)
@@ -130,7 +138,7 @@ impl Tracer {
             }
             Command::Rescanned {
                 image,
-                result: scanner.rescan(image.pid).map(Box::new),
+                result: scanner.rescan(image.pid, tables).map(Box::new),
             }
         });
     }
@@ -277,9 +285,23 @@ impl Tracer {
 
     /// Asks the kernel what every process holds now.
     pub(super) fn refresh_memory(&mut self) {
+        self.refresh_memory_from(0, usize::MAX);
+    }
+
+    /// Asks for some of the processes, in turn: where all are traced, they are many.
+    pub(super) fn refresh_memory_in_turn(&mut self) {
+        self.memory_turn = self.refresh_memory_from(self.memory_turn, MEMORY_TURN);
+    }
+
+    /// Asks for so many processes from a pid on; returns where to go on.
+    fn refresh_memory_from(&mut self, first: u32, count: usize) -> u32 {
         let loses_first_threads = self.probe_mode == ProbeMode::Perf;
-        let live = self.targets.iter_mut();
-        for (&pid, target) in live.filter(|(_, target)| target.is_live()) {
+        let from_there = self.targets.range_mut(first..);
+        let live = from_there.filter(|(_, target)| target.is_live());
+        for (asked, (&pid, target)) in live.enumerate() {
+            if asked == count {
+                return pid;
+            }
             if let Some(image) = target.current() {
                 image.find_perf_map();
             }
@@ -294,6 +316,7 @@ impl Tracer {
                 );
             }
         }
+        0
     }
 
     /// Closes the books of replaced images, and their totals. Not where the replacement is

@@ -162,6 +162,8 @@ pub struct Tracer {
     stack_map: HashMap<MapData, StackKey, StackRecord>,
     /// Stacks that are in the BPF map and in the ledger.
     learnt: Vec<StackKey>,
+    /// Known stacks at which those that nobody has are forgotten.
+    stacks_wanted: usize,
     stack_seed: u64,
     mmap_events: MmapEvents,
     mmap_alarm: Option<MmapAlarm>,
@@ -174,6 +176,8 @@ pub struct Tracer {
     /// Where every process is traced.
     system: Option<System>,
     last_serial: u64,
+    /// The process whose memory is asked for next.
+    memory_turn: u32,
     /// Processes that are traced with all others and are not to be.
     unwanted: Vec<u32>,
     /// Images that have been replaced and whose books are to be closed.
@@ -274,6 +278,7 @@ impl Tracer {
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
             learnt: Vec::new(),
+            stacks_wanted: targets::MANY_STACKS,
             stack_seed: random_seed(),
             mmap_alarm: Some(mmap_events.alarm()?),
             mmap_rest: None,
@@ -289,6 +294,7 @@ impl Tracer {
             ),
             system,
             last_serial: 0,
+            memory_turn: 0,
             unwanted: Vec::new(),
             replaced: Vec::new(),
             probe_mode: loaded.prober.mode(),
@@ -415,7 +421,7 @@ impl Tracer {
             Command::Swept(swept) => self.swept(&swept),
             Command::Looked(modules) => self.share_modules(&modules),
             Command::Shared { file, result } => self.shared(file, result),
-            Command::Met(met) => self.met(*met),
+            Command::Met { pid, serial, scan } => self.met(pid, serial, scan),
             Command::SlotFree { slot, pid } => {
                 tracing::debug!(pid, slot, "the slot is free");
                 self.give_back(slot, true);
@@ -466,7 +472,7 @@ impl Tracer {
             self.forget_kept();
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
-            self.refresh_memory();
+            self.refresh_memory_in_turn();
             self.read_go_in_turn();
         }
     }

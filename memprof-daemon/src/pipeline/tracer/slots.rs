@@ -232,7 +232,8 @@ impl Tracer {
 impl Target {
     /// Whether nothing of it is under way any more.
     pub(super) fn is_over(&self) -> bool {
-        let is_detached = self.is_shared || self.detach_time.is_some();
-        !self.is_live() && self.has_settled() && self.jobs == 0 && is_detached
+        // Of one that is traced with all others, jobs only read; what they bring is dropped.
+        let is_done = self.is_shared || self.jobs == 0 && self.detach_time.is_some();
+        !self.is_live() && self.has_settled() && is_done
     }
 }

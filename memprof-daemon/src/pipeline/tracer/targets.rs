@@ -5,10 +5,12 @@
 //! of a process that has exited.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use memprof_common::stack::StackKey;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -83,6 +85,9 @@ pub(in crate::pipeline) struct TakenOut {
     prefilter: Option<Box<Prefilter>>,
     result: Option<Result<StoppedTime, DetachError>>,
 }
+
+/// As many stacks are kept, whoever's they were: to find out costs a look at all books.
+pub(super) const MANY_STACKS: usize = 1 << 14;
 
 /// How long programs of BPF's are waited for that have looked a process up before it was
 /// let go.
@@ -311,6 +316,23 @@ impl Tracer {
         for pid in due {
             self.forget_ended(pid);
         }
+        if self.ledger.known_stacks() >= self.stacks_wanted {
+            self.forget_unused_stacks();
+            self.stacks_wanted = (2 * self.ledger.known_stacks()).max(MANY_STACKS);
+        }
+    }
+
+    /// Forgets the stacks of processes that are forgotten. What was captured is to be booked
+    /// before: BPF names a stack, and its frames are read when that name is met first.
+    fn forget_unused_stacks(&mut self) {
+        self.drain_ring();
+        let unused: HashSet<StackKey> = self.ledger.forget_unused_stacks().into_iter().collect();
+        for stack in &unused {
+            // BPF puts one back when it is captured again. It may be gone already, to make
+            // room.
+            let _ = self.stack_map.remove(stack);
+        }
+        self.learnt.retain(|stack| !unused.contains(stack));
     }
 
     /// Moves what a target has counted to the sums over those that are forgotten.
