@@ -3,8 +3,10 @@
 use memprof_common::limits::MAX_SAMPLE_INTERVAL_BYTES;
 use serde::{Deserialize, Serialize};
 
+use crate::filter::Filters;
+
 /// The settings that can be changed while processes are traced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Mean sampling gap; 1 takes every allocation, 0 none.
     pub sample_interval_bytes: u64,
@@ -12,10 +14,13 @@ pub struct Config {
     /// counted all the same.
     #[serde(default)]
     pub paused: bool,
+    /// Which processes are traced, where all could be.
+    #[serde(default)]
+    pub filters: Filters,
 }
 
 /// A change of some of them; what is none stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ConfigChange {
     /// See [`Config::sample_interval_bytes`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -23,6 +28,9 @@ pub struct ConfigChange {
     /// See [`Config::paused`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paused: Option<bool>,
+    /// See [`Config::filters`]; replaces all rules.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filters: Option<Filters>,
 }
 
 /// The body of `PUT /v1/config`. A misspelt field must not be ignored: nothing
@@ -36,12 +44,14 @@ struct ConfigBody {
     sample_interval_bytes: Option<u64>,
     #[serde(default)]
     paused: Option<bool>,
+    #[serde(default)]
+    filters: Option<Filters>,
 }
 
 impl Config {
     /// The interval that is in force.
     #[must_use]
-    pub const fn interval_in_force(self) -> u64 {
+    pub const fn interval_in_force(&self) -> u64 {
         if self.paused {
             0
         } else {
@@ -51,19 +61,21 @@ impl Config {
 
     /// The settings after a change.
     #[must_use]
-    pub fn changed(self, change: ConfigChange) -> Self {
+    pub fn changed(&self, change: ConfigChange) -> Self {
         Self {
             sample_interval_bytes: change
                 .sample_interval_bytes
                 .unwrap_or(self.sample_interval_bytes),
             paused: change.paused.unwrap_or(self.paused),
+            filters: change.filters.unwrap_or_else(|| self.filters.clone()),
         }
     }
 }
 
 impl ConfigChange {
     /// Reads `{"sample_interval_bytes": 65536}` or `{"sample_interval": "64KiB"}`,
-    /// `{"paused": true}`, or both.
+    /// `{"paused": true}`, `{"filters": {"include": ["comm=redis*"], "exclude": []}}`, each
+    /// alone or with others.
     ///
     /// # Errors
     ///
@@ -83,10 +95,11 @@ impl ConfigChange {
         let change = Self {
             sample_interval_bytes,
             paused: body.paused,
+            filters: body.filters,
         };
         if change == Self::default() {
             return Err("nothing is to be changed: sample_interval, \
-                        sample_interval_bytes or paused is needed"
+                        sample_interval_bytes, paused or filters is needed"
                 .to_owned());
         }
         Ok(change)
@@ -153,7 +166,7 @@ mod tests {
         ] {
             let change = ConfigChange::parse(body.as_bytes()).unwrap();
             assert_eq!(change.sample_interval_bytes, Some(bytes), "{body}");
-            assert_eq!(change.paused, None);
+            assert_eq!((change.paused, change.filters), (None, None));
         }
         for body in [
             "",
@@ -171,34 +184,38 @@ mod tests {
             r#"{"sample_interval": "1", "stack_depth": 3}"#,
             r#"{"paused": null}"#,
             r#"{"paused": "yes"}"#,
+            r#"{"filters": []}"#,
+            r#"{"filters": {"include": ["comm"]}}"#,
+            r#"{"filters": {"include": [], "only": []}}"#,
         ] {
             assert!(ConfigChange::parse(body.as_bytes()).is_err(), "{body}");
         }
     }
 
-    /// Check that a change changes what it names and nothing else, that nothing is sampled
-    /// while paused, and that settings as they are shown can be sent back.
+    /// Check that a change changes what it names and nothing else, rules as a whole, that
+    /// nothing is sampled while paused, and that settings as they are shown can be sent back.
     #[test]
     fn changes() {
         let change = |body: &str| ConfigChange::parse(body.as_bytes()).unwrap();
         let mut config = Config {
             sample_interval_bytes: 4096,
             paused: false,
+            filters: Filters::default(),
         };
         for (body, shown, in_force) in [
             (
                 r#"{"paused": true}"#,
-                r#"{"sample_interval_bytes":4096,"paused":true}"#,
+                r#"{"sample_interval_bytes":4096,"paused":true,"filters":{"include":[],"exclude":[]}}"#,
                 0,
             ),
             (
-                r#"{"sample_interval": "1"}"#,
-                r#"{"sample_interval_bytes":1,"paused":true}"#,
+                r#"{"sample_interval": "1", "filters": {"include": ["comm=a"]}}"#,
+                r#"{"sample_interval_bytes":1,"paused":true,"filters":{"include":["comm=a"],"exclude":[]}}"#,
                 0,
             ),
             (
-                r#"{"paused": false}"#,
-                r#"{"sample_interval_bytes":1,"paused":false}"#,
+                r#"{"paused": false, "filters": {"exclude": ["uid=3"]}}"#,
+                r#"{"sample_interval_bytes":1,"paused":false,"filters":{"include":[],"exclude":["uid=3"]}}"#,
                 1,
             ),
         ] {

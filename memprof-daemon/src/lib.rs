@@ -29,6 +29,7 @@ pub mod cli;
 pub mod config;
 pub mod decode;
 pub mod export;
+pub mod filter;
 pub(crate) mod golang;
 pub mod interval;
 pub mod ledger;

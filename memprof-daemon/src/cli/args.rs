@@ -13,6 +13,7 @@ use memprof_common::{
 
 use crate::{
     config::{self, parse_interval},
+    filter::Filters,
     pipeline::tracer::TracerOptions,
     probe::{loader::Sizes, mode::ModeChoice, walker::Walker},
 };
@@ -121,6 +122,7 @@ impl TraceArgs {
             },
             probe_mode: self.probe,
             all: false,
+            filters: Filters::default(),
             keep_exited: None,
             attach_timeout: self.attach_timeout,
             unwind: self.unwind.into(),

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Args;
 use hyper::Method;
 
-use super::client::ClientArgs;
+use super::{client::ClientArgs, rules::RuleArgs};
 use crate::{
     config::{Config, ConfigChange, parse_interval},
     export::units,
@@ -14,7 +14,8 @@ use crate::{
 
 /// Show or change the settings of a running daemon.
 ///
-/// Blocks that were sampled before a change keep their weight, and totals go on.
+/// Blocks that were sampled before a change keep their weight, and totals go on. Rules that
+/// are given take the place of all that there were.
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgs {
     #[command(flatten)]
@@ -31,12 +32,21 @@ pub(super) struct ConfigArgs {
     /// Sample again
     #[arg(long)]
     resume: bool,
+
+    #[command(flatten)]
+    rules: RuleArgs,
+
+    /// Take all rules out: every process is traced
+    #[arg(long, conflicts_with_all = ["include", "exclude"])]
+    no_rules: bool,
 }
 
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
+    let has_rules = args.no_rules || !args.rules.is_empty();
     let change = ConfigChange {
         sample_interval_bytes: args.sample_interval,
         paused: (args.pause || args.resume).then_some(args.pause),
+        filters: has_rules.then(|| args.rules.filters()).transpose()?,
     };
     let (method, body) = if change == ConfigChange::default() {
         (Method::GET, String::new())
@@ -67,6 +77,13 @@ pub(super) fn in_words(config: &Config) -> Vec<String> {
     )];
     if config.paused {
         lines.push("paused           nothing is sampled".to_owned());
+    }
+    let rules = [
+        ("include", config.filters.include()),
+        ("exclude", config.filters.exclude()),
+    ];
+    for (what, rules) in rules {
+        lines.extend(rules.iter().map(|rule| format!("{what:16} {rule}")));
     }
     lines
 }

@@ -12,12 +12,14 @@ use super::{
     names::NamesArgs,
     privileges::Kept,
     record::{announce, announce_all},
+    rules::RuleArgs,
     signals::Interrupts,
     upkeep::Upkeep,
 };
 use crate::{
     config::ConfigChange,
     export::{Format, http::router},
+    filter::Filters,
     pipeline::{
         dump::{DumpOptions, dump_forever, dump_once},
         service::Service,
@@ -46,10 +48,13 @@ pub(super) struct DaemonArgs {
     )]
     pids: Vec<u32>,
 
-    /// Trace every process, present and future, that maps a known allocator; none is written
-    /// to
+    /// Trace every process, present and future, that maps a known allocator, and that
+    /// --include and --exclude let pass; none is written to unless a rule says so
     #[arg(short = 'a', long)]
     all: bool,
+
+    #[command(flatten)]
+    rules: RuleArgs,
 
     /// Forget a process so long after its end; what it has counted stays in sums [default:
     /// 60 with -a, else never]
@@ -91,20 +96,38 @@ pub(super) struct DaemonArgs {
 const KEEP_EXITED: Duration = Duration::from_secs(60);
 
 impl DaemonArgs {
-    fn options(&self) -> TracerOptions {
-        TracerOptions {
+    fn options(&self) -> anyhow::Result<TracerOptions> {
+        Ok(TracerOptions {
             all: self.all,
+            filters: self.filters()?.unwrap_or_default(),
             keep_exited: self.keep_exited.or(self.all.then_some(KEEP_EXITED)),
             ..self.trace.options()
+        })
+    }
+
+    /// Rules, where all processes could be traced.
+    fn filters(&self) -> anyhow::Result<Option<Filters>> {
+        if self.all {
+            return Ok(Some(self.rules.filters()?));
         }
+        anyhow::ensure!(
+            self.rules.is_empty(),
+            "--include and --exclude choose among all processes: they need -a"
+        );
+        Ok(None)
     }
 
     /// The settings that can be changed while it runs.
-    pub(super) fn change(&self) -> ConfigChange {
-        ConfigChange {
+    ///
+    /// # Errors
+    ///
+    /// They make no sense.
+    pub(super) fn change(&self) -> anyhow::Result<ConfigChange> {
+        Ok(ConfigChange {
             sample_interval_bytes: Some(self.trace.options().sample_interval_bytes),
+            filters: self.filters()?,
             ..ConfigChange::default()
-        }
+        })
     }
 }
 
@@ -125,12 +148,12 @@ pub(super) fn run(args: DaemonArgs, source: Option<Source>) -> anyhow::Result<Ex
 }
 
 async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow::Result<ExitCode> {
+    let options = args.options()?;
     let mut interrupts = Interrupts::new().context("cannot catch signals")?;
     let mut upkeep = Upkeep::new(source).context("cannot catch signals")?;
     let listeners = args.listen.bind().await?;
     // Threads that are started from here on have no more than what is left.
     kept.give_up_others()?;
-    let options = args.options();
     let dump = match (args.dump_every, args.dump_dir) {
         (Some(every), Some(dir)) => {
             let options = DumpOptions {

@@ -17,6 +17,7 @@ mod output;
 mod privileges;
 mod ps;
 mod record;
+mod rules;
 mod signals;
 mod socket;
 mod upkeep;

@@ -21,6 +21,7 @@ use super::{
     args::{TraceArgs, parse_seconds, parse_wait},
     names::{NamesArgs, Wait, name_last},
     output::{Output, format_for},
+    rules::RuleArgs,
     signals::{Interrupt, Interrupts},
 };
 use crate::{
@@ -57,6 +58,9 @@ pub(super) struct RecordArgs {
     /// to
     #[arg(short = 'a', long, conflicts_with = "command")]
     all: bool,
+
+    #[command(flatten)]
+    rules: RuleArgs,
 
     /// End after this many seconds
     #[arg(short = 'd', long, value_name = "SECONDS", value_parser = parse_seconds)]
@@ -100,9 +104,14 @@ pub(super) fn run(args: RecordArgs) -> anyhow::Result<ExitCode> {
 
 async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::new().context("cannot catch signals")?;
+    anyhow::ensure!(
+        args.all || args.rules.is_empty(),
+        "--include and --exclude choose among all processes: they need -a"
+    );
     let symbolizer = args.names.start()?;
     let tracer = Tracer::start(TracerOptions {
         all: args.all,
+        filters: args.rules.filters()?,
         ..args.trace.options()
     })?;
     let service = Service {
@@ -214,6 +223,10 @@ async fn attach_everyone(
 
 /// Says what is probed in all processes. Scripts wait for this line.
 pub(super) fn announce_all(everyone: &Everyone) {
+    if let Some(named) = everyone.named {
+        eprintln!("memprof: recording processes that rules name, {named} of them by now");
+        return;
+    }
     eprintln!(
         "memprof: recording all processes: {} probe sites in {}",
         everyone.sites,

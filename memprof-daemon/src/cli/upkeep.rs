@@ -1,7 +1,7 @@
 //! What a running daemon does beside tracing: it reads its settings again at SIGHUP, and tells
 //! the service manager how it is.
 
-use std::{io, time::Duration};
+use std::{fmt::Display, io, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -10,10 +10,10 @@ use tokio::{
 use tracing::{error, warn};
 
 use super::{Command, config, file::Source, notify::Manager};
-use crate::{pipeline::tracer::TracerHandle, process::info::is_ignored};
+use crate::{config::ConfigChange, pipeline::tracer::TracerHandle, process::info::is_ignored};
 
-/// The option that SIGHUP puts in force; the others are of the start.
-const CHANGEABLE: &str = "sample-interval";
+/// Options that SIGHUP puts in force; the others are of the start.
+const CHANGEABLE: [&str; 3] = ["sample-interval", "include", "exclude"];
 
 /// How often a manager without a watchdog is told what goes on.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
@@ -126,17 +126,13 @@ async fn reload(manager: &Manager, source: &Source, tracer: &TracerHandle) {
     match source.reread() {
         Ok((cli, changed)) => {
             if let Command::Daemon(args) = cli.command {
-                match tracer.set_config(args.change()).await {
-                    Some(Ok(config)) => {
-                        let now = config::in_words(&config).join(", ");
-                        eprintln!("memprof: settings are read again from {path}: {now}");
-                    }
-                    Some(Err(error)) => error!("settings stay as they were: {error}"),
-                    None => {}
+                match args.change() {
+                    Ok(change) => set_config(&path, change, tracer).await,
+                    Err(error) => error!("settings stay as they were: {error}"),
                 }
             }
             for name in changed {
-                if name != CHANGEABLE {
+                if !CHANGEABLE.contains(&name.as_str()) {
                     warn!("{name} has changed in {path}, which takes a restart of memprof");
                 }
             }
@@ -145,5 +141,16 @@ async fn reload(manager: &Manager, source: &Source, tracer: &TracerHandle) {
     }
     if let Some(status) = status(tracer).await {
         manager.ready(&status);
+    }
+}
+
+async fn set_config(path: &impl Display, change: ConfigChange, tracer: &TracerHandle) {
+    match tracer.set_config(change).await {
+        Some(Ok(config)) => {
+            let now = config::in_words(&config).join(", ");
+            eprintln!("memprof: settings are read again from {path}: {now}");
+        }
+        Some(Err(error)) => error!("settings stay as they were: {error}"),
+        None => {}
     }
 }

@@ -7,7 +7,7 @@ use super::{
     metrics::metrics,
     stats::milliseconds,
     target::TargetError,
-    tracer::{LeaveError, TracerHandle},
+    tracer::{ConfigError, LeaveError, TracerHandle},
 };
 use crate::{
     causes::with_causes,
@@ -130,7 +130,10 @@ impl Backend for Service {
         let answer = self.tracer.set_config(change).await;
         answer
             .ok_or(BackendError::Ended)?
-            .map_err(|error| BackendError::Failed(format!("cannot tell the BPF programs: {error}")))
+            .map_err(|error| match error {
+                ConfigError::Refused(_) => BackendError::Conflict(error.to_string()),
+                ConfigError::Map(_) => BackendError::Failed(error.to_string()),
+            })
     }
 
     async fn processes(&self) -> Result<serde_json::Value, BackendError> {

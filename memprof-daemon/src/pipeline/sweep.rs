@@ -11,8 +11,10 @@ use std::{
 
 use super::scan::Scanner;
 use crate::{
+    prefilter::leftover,
     probe::find::AllocatorModule,
     process::{
+        info::ProcessInfo,
         mapping::MappedFile,
         maps::{MapsEntry, read_maps},
     },
@@ -32,19 +34,30 @@ pub(super) struct Swept {
     pub(super) mapped_inodes: HashSet<u64>,
     /// The processes that there are.
     pub(super) pids: HashSet<u32>,
+    /// Who they are, if that was asked for.
+    pub(super) infos: Vec<ProcessInfo>,
+    /// One that has the prefilter in it, and whether that is in use.
+    pub(super) hooked: Option<(u32, bool)>,
 }
 
 impl Scanner {
-    /// Looks through all processes.
-    pub(super) fn sweep(&self) -> Swept {
+    /// Looks through all processes; also at who they are, if that matters.
+    pub(super) fn sweep(&self, reads_infos: bool) -> Swept {
         let mut swept = Swept::default();
         let mut seen: HashSet<KernelFile> = HashSet::new();
         for pid in all_pids() {
             swept.pids.insert(pid);
+            if reads_infos {
+                swept.infos.extend(Self::info(pid));
+            }
             // It may have ended, or be a part of the kernel, and then maps nothing.
             let Ok(entries) = read_maps(pid) else {
                 continue;
             };
+            if swept.hooked.is_none() && entries.iter().any(leftover::is_ours) {
+                let found = leftover::find(pid).ok().flatten();
+                swept.hooked = Some((pid, found.is_none_or(|found| found.in_use)));
+            }
             for entry in entries.iter().filter(|e| e.executable && e.is_file()) {
                 swept.mapped_inodes.insert(entry.inode);
                 if seen.insert(kernel_file(entry)) {
@@ -80,7 +93,7 @@ const fn kernel_file(entry: &MapsEntry) -> KernelFile {
 }
 
 /// The ids of all processes that there are now.
-fn all_pids() -> Vec<u32> {
+pub(super) fn all_pids() -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };

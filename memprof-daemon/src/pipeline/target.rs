@@ -34,6 +34,7 @@ use crate::{
     probe::{
         attach::AttachError,
         find::{AllocatorModule, FindError, FoundSite},
+        mode::ModeChoice,
     },
     process::{
         history::CodeHistory,
@@ -319,6 +320,10 @@ pub(super) struct Target {
     pub(super) serial: u64,
     /// It is traced with all others, and no probe is its own.
     pub(super) is_shared: bool,
+    /// It is traced since rules say so, and as long as they do.
+    pub(super) is_by_rule: bool,
+    /// How it may be looked at.
+    pub(super) mode: ModeChoice,
     /// It has turned up and is not to be traced: nothing of it is shown.
     pub(super) is_unwanted: bool,
     /// Where the random bits of its sampling decisions start.
@@ -399,6 +404,8 @@ impl Target {
             has_slot: true,
             serial: 0,
             is_shared: false,
+            is_by_rule: false,
+            mode: ModeChoice::default(),
             is_unwanted: false,
             sample_seed,
             state: State::Scanning,

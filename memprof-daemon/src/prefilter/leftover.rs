@@ -193,7 +193,9 @@ fn remove_parts(stopped: &mut Stopped, leftover: &Leftover) -> Result<(), Detach
     Ok(())
 }
 
-fn is_ours(entry: &MapsEntry) -> bool {
+/// Whether it is a part of the prefilter.
+#[must_use]
+pub fn is_ours(entry: &MapsEntry) -> bool {
     entry.path.as_os_str().as_bytes() == FILE_NAME.as_bytes()
 }
 

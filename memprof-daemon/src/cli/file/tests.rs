@@ -19,7 +19,7 @@ fn daemon(text: &str, more: &[&str]) -> Result<(DaemonArgs, Parsed), String> {
 
 fn interval(text: &str, more: &[&str]) -> u64 {
     let (args, _) = daemon(text, more).unwrap_or_else(|error| panic!("{text}: {error}"));
-    args.change().sample_interval_bytes.unwrap()
+    args.change().unwrap().sample_interval_bytes.unwrap()
 }
 
 /// A value in force, as it was given.
@@ -47,7 +47,7 @@ fn values_of_each_kind() {
         probe = "uprobe"
     "#;
     let (args, parsed) = daemon(text, &[]).unwrap();
-    assert_eq!(args.change().sample_interval_bytes, Some(65_536));
+    assert_eq!(args.change().unwrap().sample_interval_bytes, Some(65_536));
     for (name, expected) in [
         ("pid", &["12", "13"][..]),
         ("stack-depth", &["16"]),

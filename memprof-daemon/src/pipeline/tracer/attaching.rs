@@ -19,6 +19,7 @@ use crate::{
     probe::{
         attach::{AttachError, Site},
         find::AllocatorModule,
+        mode::ModeChoice,
     },
     process::history::CodeHistory,
     sample::ImageId,
@@ -38,7 +39,23 @@ pub(in crate::pipeline) struct SiteBatch {
 }
 
 impl Tracer {
+    /// Takes a process on since somebody has asked for it.
     pub(super) fn begin_attach(&mut self, pid: u32, holder: Holder, reply: AttachReply) {
+        let mode = self.options.probe_mode;
+        if let Some(system) = &mut self.system {
+            system.let_go.remove(&pid);
+        }
+        self.take_on(pid, mode, holder, reply);
+    }
+
+    /// Takes a process on, to be looked at in that way.
+    pub(super) fn take_on(
+        &mut self,
+        pid: u32,
+        mode: ModeChoice,
+        holder: Holder,
+        reply: AttachReply,
+    ) {
         self.forget_ended(pid);
         if self.targets.contains_key(&pid) {
             let _ = reply.send(Err(TargetError::Already(pid)));
@@ -48,9 +65,9 @@ impl Tracer {
             let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
             return;
         };
-        if self.system.is_some()
-            && let Err(error) = self.claim_for(pid, slot)
-        {
+        let is_shared = self.is_shared();
+        self.no_longer_left_alone(pid);
+        if is_shared && let Err(error) = self.claim_for(pid, slot) {
             self.give_back(slot, false);
             let _ = reply.send(Err(error));
             return;
@@ -59,20 +76,17 @@ impl Tracer {
         self.drain_mmap_events();
         let mut target = Target::new(slot, random_seed(), Some(reply));
         target.serial = self.next_serial();
-        target.is_shared = self.system.is_some();
+        target.is_shared = is_shared;
+        target.mode = mode;
         target.jobs = 1;
         target.holder = holder;
-        if !self.options.probe_mode.may_write() {
+        if !mode.may_write() {
             target.choice = Choice::Uprobe(None);
         }
         self.targets.insert(pid, target);
         self.publish_live();
         let scanner = self.scanner.clone();
-        let clear = self
-            .options
-            .probe_mode
-            .may_write()
-            .then_some(self.options.attach_timeout);
+        let clear = mode.may_write().then_some(self.options.attach_timeout);
         self.spawn_job(move || Command::Scanned {
             pid,
             result: scanner.scan(pid, clear).map(Box::new),

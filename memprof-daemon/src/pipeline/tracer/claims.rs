@@ -8,12 +8,7 @@ use std::{
 
 use tracing::{debug, warn};
 
-use super::{
-    Command, Tracer,
-    admission::{Decision, Facts},
-    births::Birth,
-    prefilter::Choice,
-};
+use super::{Command, Tracer, births::Birth, prefilter::Choice};
 use crate::{
     causes::with_causes,
     export::{Numbers, profile::Inherited},
@@ -65,7 +60,12 @@ impl Tracer {
             Some((parent, image)) => (image.code.inherit(), parent.tables.clone()),
             None => (self.code_of(&birth), HashMap::new()),
         };
-        let is_unwanted = self.is_unwanted(&info);
+        // Who was let go, and takes a slot all the same, runs another program.
+        if let Some(system) = &mut self.system {
+            system.let_go.remove(&pid);
+        }
+        // Where rules have changed, probes that all share may be going.
+        let is_unwanted = !self.is_sharing() || self.is_unwanted(&info);
         if is_unwanted {
             // Where nothing else is under way.
             self.unwanted.push(pid);
@@ -80,6 +80,7 @@ impl Tracer {
         let mut target = Target::new(slot, seed, None);
         target.serial = self.next_serial();
         target.is_shared = true;
+        target.is_by_rule = true;
         target.is_unwanted = is_unwanted;
         target.choice = Choice::Uprobe(None);
         target.state = State::Tracing;
@@ -156,7 +157,7 @@ impl Tracer {
 
     /// Whether a process is not to be traced with all others.
     pub(super) fn is_unwanted(&self, info: &ProcessInfo) -> bool {
-        self.admit(Facts::of(info)) == Decision::Leave
+        self.admit(info).is_none()
     }
 
     /// Forgets whatever had this pid: another process has it now. Called in the middle of
@@ -204,6 +205,17 @@ impl Tracer {
             .is_some_and(|system| system.left_alone.contains(&pid))
     }
 
+    /// Has BPF look at a process again that it was told to leave alone, from its next call
+    /// on.
+    pub(super) fn no_longer_left_alone(&mut self, pid: u32) {
+        if let Some(system) = &mut self.system
+            && system.left_alone.remove(&pid)
+        {
+            // BPF may have done it.
+            let _ = self.slot_map.remove(&pid);
+        }
+    }
+
     /// Gives a process a slot before it takes one itself.
     ///
     /// # Errors
@@ -214,12 +226,6 @@ impl Tracer {
             let source = Box::new(source);
             TargetError::Map { pid, source }
         };
-        if let Some(system) = &mut self.system
-            && system.left_alone.remove(&pid)
-        {
-            // BPF may have done it.
-            let _ = self.slot_map.remove(&pid);
-        }
         let slot = u32::from(slot);
         self.target_map
             .set(slot, self.config_of_nobody(), 0)

@@ -1,17 +1,30 @@
 //! Changing the settings of a running tracer.
 
 use aya::maps::MapError;
+use thiserror::Error;
 use tracing::{info, warn};
 
 use super::Tracer;
 use crate::config::{Config, ConfigChange};
 
+/// Why settings were not changed.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// They make no sense for this tracer.
+    #[error("{0}")]
+    Refused(&'static str),
+    /// A BPF map could not be written.
+    #[error("cannot tell the BPF programs: {0}")]
+    Map(#[from] MapError),
+}
+
 impl Tracer {
     /// The settings in force.
-    pub(super) const fn config(&self) -> Config {
+    pub(super) fn config(&self) -> Config {
         Config {
             sample_interval_bytes: self.options.sample_interval_bytes,
             paused: self.is_paused,
+            filters: self.options.filters.clone(),
         }
     }
 
@@ -20,14 +33,17 @@ impl Tracer {
     ///
     /// BPF reads a target's interval once a call, decides by it and sends it along
     /// with the sample. So nothing that was sampled before changes its weight.
-    pub(super) fn set_config(&mut self, change: ConfigChange) -> Result<Config, MapError> {
+    pub(super) fn set_config(&mut self, change: ConfigChange) -> Result<Config, ConfigError> {
         let before = self.config();
         let config = before.changed(change);
+        if config.filters != before.filters {
+            self.check_filters(&config.filters)?;
+        }
         if let Err(error) = self.write_interval(config.interval_in_force()) {
             if let Err(error) = self.write_interval(before.interval_in_force()) {
                 warn!(%error, "cannot take the change of the settings back");
             }
-            return Err(error);
+            return Err(error.into());
         }
         self.options.sample_interval_bytes = config.sample_interval_bytes;
         self.is_paused = config.paused;
@@ -35,6 +51,7 @@ impl Tracer {
         self.coarsest_interval_bytes = self
             .coarsest_interval_bytes
             .max(config.sample_interval_bytes);
+        self.set_filters(&config.filters);
         info!(?before, now = ?config, "the settings have changed");
         Ok(config)
     }

@@ -5,14 +5,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use aya::maps::MapError;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
+    config::ConfigError,
     golang::GoRead,
     marks::Mark,
     prefilter::Hooked,
+    rules::Considered,
     system::{Everyone, StartReply},
     targets::{LeaveError, LeaveReply, Left, TakenOut},
 };
@@ -75,6 +76,14 @@ pub(in crate::pipeline) enum Command {
     TraceAll {
         reply: StartReply,
     },
+    Considered(Considered),
+    /// The probes that all share were taken off a file.
+    Unshared,
+    /// What has come of taking a process on since a rule wants it.
+    RuleAttach {
+        pid: u32,
+        result: Result<Attached, TargetError>,
+    },
     Swept(Swept),
     /// Files that were mapped, by whomever, and have allocators.
     Looked(Vec<AllocatorModule>),
@@ -131,7 +140,7 @@ pub(in crate::pipeline) enum Command {
     },
     SetConfig {
         change: ConfigChange,
-        reply: oneshot::Sender<Result<Config, MapError>>,
+        reply: oneshot::Sender<Result<Config, ConfigError>>,
     },
     Processes {
         reply: oneshot::Sender<Vec<ProcessSummary>>,
@@ -294,7 +303,7 @@ impl TracerHandle {
 
     /// Changes settings, for all processes or for none; none if the tracer has
     /// ended.
-    pub async fn set_config(&self, change: ConfigChange) -> Option<Result<Config, MapError>> {
+    pub async fn set_config(&self, change: ConfigChange) -> Option<Result<Config, ConfigError>> {
         let (reply, answer) = oneshot::channel();
         self.commands
             .send(Command::SetConfig { change, reply })

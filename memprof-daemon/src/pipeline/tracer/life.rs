@@ -211,6 +211,8 @@ impl Tracer {
         let old = current.id;
         let before = &current.info;
         if target.is_shared && !target.is_live() {
+            // It was let go for the program before, and was told so by then.
+            self.look_again(image.pid);
             return;
         }
         // At once, not in the job: a short-lived program may be gone by then.
@@ -252,7 +254,10 @@ impl Tracer {
         }
         let mut next = Image::new(image, info, code, losses);
         next.totals.set_base(totals_base);
-        let is_unwanted = target.is_shared && self.is_unwanted(&next.info);
+        let is_unwanted = self
+            .targets
+            .get(&image.pid)
+            .is_some_and(|target| target.is_by_rule && !self.is_as_wanted(target, &next.info));
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };

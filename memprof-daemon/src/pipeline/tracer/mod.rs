@@ -3,7 +3,7 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
-//! `golang` has Go programs' profiles read,
+//! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -17,10 +17,12 @@ mod config;
 pub(super) mod golang;
 mod handle;
 mod life;
+mod manner;
 mod mappings;
 mod marks;
 pub(super) mod prefilter;
 mod reporting;
+pub(super) mod rules;
 mod slots;
 mod system;
 mod taking_out;
@@ -49,12 +51,13 @@ use tokio::{
 };
 use tracing::{error, warn};
 
-use self::{handle::Command, marks::Mark, slots::Slots, system::System};
 pub use self::{
+    config::ConfigError,
     handle::TracerHandle,
     system::Everyone,
     targets::{LeaveError, Left},
 };
+use self::{handle::Command, marks::Mark, slots::Slots, system::System};
 use super::{
     prober::ProberHandle,
     scan::Scanner,
@@ -65,6 +68,7 @@ use super::{
 };
 use crate::{
     decode::decode,
+    filter::Filters,
     ledger::Ledger,
     probe::{
         live_map::LiveMap,
@@ -91,8 +95,11 @@ pub struct TracerOptions {
     pub sizes: Sizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
-    /// Every process is traced, once that is [asked for](TracerHandle::trace_all).
+    /// Every process is traced that rules let pass, once that is
+    /// [asked for](TracerHandle::trace_all).
     pub all: bool,
+    /// Those rules.
+    pub filters: Filters,
     /// How long what is known of a process is kept after its end; for ever if none.
     pub keep_exited: Option<Duration>,
     /// How long threads may be in the way of the prefilter.
@@ -119,6 +126,9 @@ pub enum StartError {
     /// All processes are to be traced, and none may be written to unasked.
     #[error("all processes are traced by uprobes, which write to none: not with --probe prefilter")]
     NotByPrefilter,
+    /// A rule asks for what is ruled out.
+    #[error("a rule asks for the prefilter, and --probe for uprobes, which write to no process")]
+    NeverWrites,
     /// The ring or the log cannot be watched, or there is no thread left.
     #[error("cannot set up the tracer")]
     Io(#[from] io::Error),
@@ -239,7 +249,12 @@ impl Tracer {
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
     pub fn start(mut options: TracerOptions) -> Result<TracerHandle, StartError> {
-        let system = options.all.then(System::new);
+        let may_write = options.probe_mode.may_write();
+        if options.filters.may_write() && !may_write {
+            return Err(StartError::NeverWrites);
+        }
+        let names_few = options.filters.names_few();
+        let system = options.all.then(|| System::new(names_few, may_write));
         if options.all && options.probe_mode.may_write() {
             if !options.probe_mode.may_probe() {
                 return Err(StartError::NotByPrefilter);
@@ -419,6 +434,9 @@ impl Tracer {
             Command::Exited { pid, serial } => self.exited(pid, serial),
             Command::TraceAll { reply } => self.trace_all(reply),
             Command::Swept(swept) => self.swept(&swept),
+            Command::Considered(considered) => self.considered(considered),
+            Command::Unshared => self.unshared(),
+            Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
             Command::Looked(modules) => self.share_modules(&modules),
             Command::Shared { file, result } => self.shared(file, result),
             Command::Met { pid, serial, scan } => self.met(pid, serial, scan),
@@ -437,7 +455,7 @@ impl Tracer {
             Command::Reset { reply } => {
                 let _ = reply.send(self.reset());
             }
-            Command::Detach { pid, reply } => self.detach(pid, reply),
+            Command::Detach { pid, reply } => self.detach_for_good(pid, reply),
             Command::TakenOut(taken_out) => self.taken_out(*taken_out),
             Command::Left { pid, serial, time } => self.left(pid, serial, time),
             Command::Processes { reply } => {

@@ -243,10 +243,10 @@ impl Tracer {
         batch: SiteBatch,
         error: PrefilterError,
     ) {
-        let may_probe = self.options.probe_mode.may_probe();
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
+        let may_probe = target.mode.may_probe();
         if target.exit_seen {
             return self.attach_done(pid, batch, Err(AttachError::Exited));
         }

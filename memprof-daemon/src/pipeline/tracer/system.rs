@@ -17,7 +17,11 @@ use memprof_common::{config::NO_SLOT, function::Function};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::{Command, Tracer, births::Births};
+use super::{
+    Command, Tracer,
+    births::Births,
+    rules::{LetGo, OneByOne},
+};
 use crate::{
     causes::with_causes,
     export::profile::ProbeSite,
@@ -46,7 +50,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// Files that are remembered as looked at, at most.
 const MAX_LOOKED_AT: usize = 1 << 14;
 
-/// Says where all processes are probed, once they are.
+/// Says where processes are probed, once they are.
 pub(in crate::pipeline) type StartReply = oneshot::Sender<Result<Everyone, TargetError>>;
 
 /// What is probed in all processes.
@@ -56,6 +60,8 @@ pub struct Everyone {
     pub sites: usize,
     /// Files that they are in.
     pub modules: Vec<String>,
+    /// How many processes that rules name are traced, if such are probed one by one.
+    pub named: Option<usize>,
 }
 
 /// A file that is probed for all.
@@ -89,12 +95,22 @@ pub(super) struct System {
     /// Who waits for all to be probed.
     starting: Option<StartReply>,
     is_sweeping: bool,
-    swept: Instant,
+    pub(super) swept: Instant,
     unclaimed_told: u64,
+    /// If processes do not share probes.
+    pub(super) one_by_one: Option<OneByOne>,
+    /// All are being let go, since they will share probes, or will not any more.
+    pub(super) is_changing: bool,
+    /// Files of which the probes that all share are being taken off.
+    pub(super) unsharing: usize,
+    /// Processes that somebody had let go, and what they ran: rules do not take them on again.
+    pub(super) let_go: HashMap<u32, LetGo>,
+    /// Rules may ask for the prefilter.
+    pub(super) may_write: bool,
 }
 
 impl System {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(names_few: bool, may_write: bool) -> Self {
         Self {
             files: HashMap::new(),
             next_site: 0,
@@ -105,6 +121,11 @@ impl System {
             is_sweeping: false,
             swept: Instant::now(),
             unclaimed_told: 0,
+            one_by_one: names_few.then(OneByOne::default),
+            is_changing: false,
+            unsharing: 0,
+            let_go: HashMap::new(),
+            may_write,
         }
     }
 
@@ -121,6 +142,13 @@ impl System {
 impl Tracer {
     /// Begins to trace every process.
     pub(super) fn trace_all(&mut self, reply: StartReply) {
+        if !self.is_shared() {
+            if let Some(system) = &mut self.system {
+                system.starting = Some(reply);
+            }
+            self.look_through_all();
+            return;
+        }
         let own = std::process::id();
         if let Err(source) = self.set_left_alone(own) {
             let source = Box::new(source);
@@ -144,23 +172,40 @@ impl Tracer {
     }
 
     /// Looks through all processes, elsewhere.
-    fn sweep_all(&mut self) {
+    pub(super) fn sweep_all(&mut self) {
         let Some(system) = self.system.as_mut().filter(|system| !system.is_sweeping) else {
             return;
         };
         system.is_sweeping = true;
+        // Without rules it does not matter who they are.
+        let is_ruled = !self.options.filters.is_empty();
         let scanner = self.scanner.clone();
-        self.spawn_job(move || Command::Swept(scanner.sweep()));
+        self.spawn_job(move || Command::Swept(scanner.sweep(is_ruled)));
     }
 
     /// All processes were looked through.
     pub(super) fn swept(&mut self, swept: &Swept) {
         let now = Instant::now();
+        if let Some(system) = &mut self.system {
+            system.is_sweeping = false;
+            system.let_go.retain(|pid, _| swept.pids.contains(pid));
+        }
+        if !self.is_shared() {
+            // The rules were others when it began.
+            return;
+        }
+        if let Some((pid, is_in_use)) = swept.hooked
+            && !self.may_share_beside(pid, is_in_use)
+        {
+            return;
+        }
+        for info in &swept.infos {
+            self.decide_about(info);
+        }
         self.share_modules(&swept.modules);
         let Some(system) = &mut self.system else {
             return;
         };
-        system.is_sweeping = false;
         system.swept = now;
         for file in system.files.values_mut() {
             if swept.mapped_inodes.contains(&file.module.file.inode) {
@@ -200,6 +245,69 @@ impl Tracer {
         }
     }
 
+    /// Whether probes may be put into files that all processes map, although one has the
+    /// prefilter, or did when it was looked at. The kernel would write a breakpoint amid the
+    /// jumps there, which crashes the process.
+    fn may_share_beside(&mut self, pid: u32, is_in_use: bool) -> bool {
+        let Some(system) = &mut self.system else {
+            return false;
+        };
+        if let Some(reply) = system.starting.take() {
+            let _ = reply.send(Err(match is_in_use {
+                true => TargetError::InUse(pid),
+                false => TargetError::HasLeftover(pid),
+            }));
+            return false;
+        }
+        // What is probed was probed before it came, and whoever put it in has seen that.
+        if !system.files.is_empty() {
+            return true;
+        }
+        warn!(
+            pid,
+            "nothing is traced as long as the prefilter is in a process: `memprof cleanup -p` \
+             takes it out"
+        );
+        system.swept = Instant::now();
+        false
+    }
+
+    /// Takes the probes off that all processes share; but not those that are being put on,
+    /// for which it has to be called again.
+    pub(super) fn share_no_files(&mut self) {
+        let Some(system) = &mut self.system else {
+            return;
+        };
+        let settled = system
+            .files
+            .extract_if(|_, file| file.state != FileState::Attaching);
+        for (id, file) in settled {
+            system.unsharing += 1;
+            let prober = self.prober.clone();
+            let myself = self.myself.clone();
+            tokio::spawn(async move {
+                prober.detach_shared(id).await;
+                drop(file);
+                if let Some(sender) = myself.upgrade() {
+                    let _ = sender.send(Command::Unshared).await;
+                }
+            });
+        }
+    }
+
+    /// Whether no file has probes any more that all processes share.
+    pub(super) fn shares_nothing(&self) -> bool {
+        let shares_nothing = |system: &System| system.files.is_empty() && system.unsharing == 0;
+        self.system.as_ref().is_none_or(shares_nothing)
+    }
+
+    /// The probes of a file are off.
+    pub(super) fn unshared(&mut self) {
+        if let Some(system) = &mut self.system {
+            system.unsharing = system.unsharing.saturating_sub(1);
+        }
+    }
+
     /// Takes notice of what the kernel has told of processes, those that are not known among
     /// them.
     pub(super) fn note_lives(&mut self, events: Vec<HostEvent>) {
@@ -207,13 +315,17 @@ impl Tracer {
             return;
         };
         let mut mapped = Vec::new();
+        let mut forked = Vec::new();
         for event in events {
             match event {
                 HostEvent::Fork {
                     timestamp_ns,
                     pid,
                     parent,
-                } => system.births.fork(pid, parent, timestamp_ns),
+                } => {
+                    system.births.fork(pid, parent, timestamp_ns);
+                    forked.push(pid);
+                }
                 HostEvent::Exec {
                     timestamp_ns,
                     pid,
@@ -229,7 +341,12 @@ impl Tracer {
         system.births.forget_ended();
         // Those of targets are looked through by themselves.
         mapped.retain(|event| !self.targets.get(&event.pid).is_some_and(Target::is_live));
-        self.look_at(mapped);
+        if self.is_shared() {
+            self.look_at(mapped);
+        } else {
+            let mapped = mapped.iter().map(|event| event.pid);
+            self.look_at_processes(mapped.chain(forked).collect());
+        }
     }
 
     /// Files were mapped by processes that are not known.
@@ -265,9 +382,14 @@ impl Tracer {
 
     /// Probes what is not probed yet of `modules`, for every process.
     pub(super) fn share_modules(&mut self, modules: &[AllocatorModule]) {
+        let is_shared = self.is_shared();
         let Some(system) = &mut self.system else {
             return;
         };
+        // What was found before a change of rules.
+        if !is_shared || system.is_changing {
+            return;
+        }
         for module in modules {
             let id = (module.file.device, module.file.inode);
             if let Some(known) = system.files.get_mut(&id) {
@@ -338,19 +460,22 @@ impl Tracer {
     }
 
     /// Tells who waits, once all that was found at first is probed.
-    fn tell_started(&mut self) {
+    pub(super) fn tell_started(&mut self) {
         let Some(system) = &mut self.system else {
             return;
         };
         let is_attaching = |file: &SharedFile| file.state == FileState::Attaching;
-        if system.is_sweeping || system.files.values().any(is_attaching) {
+        let is_settled = system.one_by_one.as_ref().is_none_or(OneByOne::is_settled);
+        if system.is_sweeping || system.files.values().any(is_attaching) || !is_settled {
             return;
         }
         let Some(reply) = system.starting.take() else {
             return;
         };
         let modules: BTreeSet<String> = system.sites().map(|site| site.module.clone()).collect();
+        let named = system.one_by_one.is_some().then(|| *self.live.borrow());
         let everyone = Everyone {
+            named,
             sites: system.sites().count(),
             modules: modules.into_iter().collect(),
         };
@@ -392,6 +517,10 @@ impl Tracer {
             return;
         };
         let is_due = slow && system.starting.is_none() && system.swept.elapsed() >= SWEEP_EVERY;
+        if system.one_by_one.is_some() || system.is_changing {
+            self.look_after_rules(slow, is_due);
+            return;
+        }
         self.fill_stock();
         if slow {
             self.tell_unclaimed();

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::{
     Command, Tracer,
     prefilter::{Choice, Prefilter},
+    rules::LetGo,
 };
 use crate::{
     pipeline::{
@@ -94,8 +95,20 @@ pub(super) const MANY_STACKS: usize = 1 << 14;
 const GRACE: Duration = Duration::from_millis(20);
 
 impl Tracer {
+    /// Begins to let a process go, since somebody has asked for it: no rule takes it on again,
+    /// until it runs another program.
+    pub(super) fn detach_for_good(&mut self, pid: u32, reply: LeaveReply) {
+        if let Some(target) = self.targets.get(&pid).filter(|target| target.is_live())
+            && let Some(image) = target.images.last()
+            && let Some(system) = &mut self.system
+        {
+            system.let_go.insert(pid, LetGo::of(&image.info));
+        }
+        self.detach(pid, reply);
+    }
+
     /// Begins to let a process go.
-    pub(super) fn detach(&mut self, pid: u32, reply: LeaveReply) {
+    fn detach(&mut self, pid: u32, reply: LeaveReply) {
         let Some(target) = self.targets.get_mut(&pid) else {
             let _ = reply.send(Err(LeaveError::NotTraced(pid)));
             return;
@@ -112,6 +125,12 @@ impl Tracer {
                 let _ = reply.send(Err(LeaveError::Busy(pid)));
             }
         }
+    }
+
+    /// Lets a process go that rules leave out by now.
+    pub(super) fn begin_to_leave(&mut self, pid: u32) {
+        let (reply, _) = oneshot::channel();
+        self.detach(pid, reply);
     }
 
     /// Goes on with letting a process go, once nothing is being put into it.
@@ -270,15 +289,34 @@ impl Tracer {
                 remains,
             }));
         }
+        // Rules may want it otherwise.
+        self.look_again(pid);
     }
 
     /// Lets a process go that turned up, or runs a program now, that is not to be traced.
     pub(super) fn let_unwanted_go(&mut self) {
         for pid in std::mem::take(&mut self.unwanted) {
-            let is_shared = |target: &&mut Target| target.is_live() && target.is_shared;
-            let Some(target) = self.targets.get_mut(&pid).filter(is_shared) else {
+            let Some(target) = self.targets.get(&pid).filter(|target| target.is_live()) else {
                 continue;
             };
+            // It may run another program by now.
+            let is_wanted = target
+                .images
+                .last()
+                .is_some_and(|image| self.is_as_wanted(target, &image.info));
+            let is_shared = target.is_shared;
+            let stays = is_wanted && self.is_sharing() == is_shared;
+            let Some(target) = self.targets.get_mut(&pid) else {
+                continue;
+            };
+            if stays {
+                target.is_unwanted = false;
+                continue;
+            }
+            if !is_shared {
+                self.begin_to_leave(pid);
+                continue;
+            }
             target.leaving = Leaving::Left;
             self.stop_sharing(pid);
             self.close_target(pid);
