@@ -40,7 +40,7 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 25] = [
+const ONCE: [&str; 27] = [
     "config",
     "containers",
     "debuginfod",
@@ -61,6 +61,8 @@ const ONCE: [&str; 25] = [
     "service",
     "symbols",
     "system",
+    "system_filters",
+    "system_rules",
     "system_soak",
     "table_delay",
     "unwind_gdb",
