@@ -61,6 +61,16 @@ impl Daemon {
         Self::spawn(Command::new(&context.memprof), context, options, pids)
     }
 
+    /// Starts one on all processes that `options` let pass.
+    ///
+    /// # Errors
+    ///
+    /// It does not listen.
+    pub(super) fn start_for_all(context: &Context, options: &[&str]) -> Result<Self> {
+        let options: Vec<&str> = ["-a"].iter().chain(options).copied().collect();
+        Self::start_with(context, &options, &[])
+    }
+
     /// As [`Self::start_with`]; it tells on stderr what it does.
     ///
     /// # Errors
@@ -84,8 +94,10 @@ impl Daemon {
     ) -> Result<Self> {
         let socket = context.file("memprof.sock");
         let _ = fs::remove_file(&socket);
-        command.arg("daemon").args(options).arg("-p");
-        command.args(pids.iter().map(u32::to_string));
+        command.arg("daemon").args(options);
+        if !pids.is_empty() {
+            command.arg("-p").args(pids.iter().map(u32::to_string));
+        }
         let process = Process::spawn(command.arg("--socket").arg(&socket))?;
         let listening = |line: &str| line.starts_with("memprof: listening on ");
         let (ready, _) = process.wait_stderr(LIMIT, listening)?;

@@ -6,6 +6,7 @@ mod check;
 mod context;
 mod daemon;
 mod dump;
+mod excluded;
 mod host;
 mod http;
 mod many;
@@ -70,6 +71,7 @@ pub(crate) fn bench(workspace: &Path, words: &[String]) -> Result<()> {
         unwind: Vec::new(),
         tables: Vec::new(),
         many: None,
+        excluded: Vec::new(),
         failures: Vec::new(),
         bars: Vec::new(),
     };
@@ -116,6 +118,9 @@ fn measure(section: Section, context: &Context, report: &mut Report) -> Result<(
         }
         Section::Tables => report.tables = tables::measure(context)?,
         Section::Many => report.many = Some(many::measure(context)?),
+        Section::Excluded => {
+            report.excluded = excluded::measure(context, context.pick(seconds(60), seconds(15)))?;
+        }
     }
     Ok(())
 }

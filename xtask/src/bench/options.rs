@@ -9,7 +9,7 @@ usage: cargo xtask bench [OPTION...]
 
   --quick           three minutes instead of thirteen, and rougher numbers
   --only NAME,...   these sections only: pair, programs, trace, dump,
-                    attach, unwind, tables, many
+                    attach, unwind, tables, many, excluded
   --json FILE       the results [default: target/bench/benchmarks.json]
   --memprof PATH    this memprof, not the one built from here
   --floor PATH      this `floor`, not the one built from here
@@ -34,11 +34,13 @@ pub(super) enum Section {
     Tables,
     /// Many processes under one daemon.
     Many,
+    /// A process that a daemon for all does not trace.
+    Excluded,
 }
 
 impl Section {
     /// In the order they are measured.
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Pair,
         Self::Programs,
         Self::Trace,
@@ -47,6 +49,7 @@ impl Section {
         Self::Unwind,
         Self::Tables,
         Self::Many,
+        Self::Excluded,
     ];
 
     /// Its name on the command line.
@@ -60,6 +63,7 @@ impl Section {
             Self::Unwind => "unwind",
             Self::Tables => "tables",
             Self::Many => "many",
+            Self::Excluded => "excluded",
         }
     }
 }

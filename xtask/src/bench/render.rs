@@ -2,6 +2,7 @@
 
 mod blocks;
 mod calls;
+mod excluded;
 pub(super) mod stops;
 pub(super) mod unwinding;
 
@@ -78,6 +79,9 @@ pub(super) fn markdown(report: &Report) -> String {
     }
     if let Some(results) = &report.many {
         unwinding::many(&mut out, results);
+    }
+    if !report.excluded.is_empty() {
+        excluded::excluded(&mut out, &report.excluded);
     }
     if !report.failures.is_empty() {
         heading(&mut out, "Failed", "| section | reason |\n|---|---|");
@@ -287,6 +291,16 @@ pub(super) mod tests {
                 one: traced(1),
                 all: traced(300),
             }),
+            excluded: [
+                ("no daemon", 12.0, None),
+                ("left out", 1200.0, Some(cost(1.0, 100.0).ratio)),
+            ]
+            .map(|(name, ns, over_none)| ExcludedRow {
+                name: name.to_owned(),
+                ns: row("none", ns, None).ns,
+                over_none: over_none.flatten(),
+            })
+            .into(),
             failures: Vec::new(),
             bars: Vec::new(),
         }
@@ -324,6 +338,18 @@ pub(super) mod tests {
             "| files with code, each once: their tables | 2: 0.5 MB | 2: 0.5 MB |",
             "| 2: 0.5 MB | 600: 150.0 MB |",
             "| kernel memory and daemon, a process more |  | 10 kB |",
+        ] {
+            assert!(page.contains(line), "{line}\n{page}");
+        }
+    }
+
+    /// Check that what an excluded process pays stands beside what it pays without a daemon.
+    #[test]
+    fn excluded() {
+        let page = markdown(&example());
+        for line in [
+            "| no daemon | 12.0 |  | 9 |  |",
+            "| left out | 1200.0 | 100 ± 1 | 9 |  |",
         ] {
             assert!(page.contains(line), "{line}\n{page}");
         }

@@ -38,6 +38,9 @@ pub(super) struct Report {
     pub(super) tables: Vec<TableRow>,
     /// Many processes under one daemon.
     pub(super) many: Option<Many>,
+    /// What processes pay that are not traced.
+    #[serde(default)]
+    pub(super) excluded: Vec<ExcludedRow>,
     /// Sections that failed as a whole.
     pub(super) failures: Vec<Failure>,
     /// What memprof is held to.
@@ -317,6 +320,17 @@ pub(super) struct Traced {
     pub(super) idle_cores: f64,
     /// From SIGTERM to the daemon's end, in milliseconds.
     pub(super) detach_ms: f64,
+}
+
+/// A process beside a daemon for all.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ExcludedRow {
+    /// The daemon's rules.
+    pub(super) name: String,
+    /// Nanoseconds a malloc and a free.
+    pub(super) ns: Option<Estimate>,
+    /// The same over those without a daemon, of the same round.
+    pub(super) over_none: Option<Estimate>,
 }
 
 /// A section without results.
