@@ -85,7 +85,8 @@ const _: () = assert!(size_of::<TargetState>() == 64);
 
 /// The number that the kernel hands to a program with each hit of a probe.
 ///
-/// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39. Bit 63 says
+/// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39, where its
+/// arguments are, if its code does not say that, in bits 40-48 ([`Places`]). Bit 63 says
 /// that the probe is every process's: then there is no slot in it, and the process that hits
 /// it is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +129,18 @@ impl AttachCookie {
         Self(self.0 | slot as u64 & 0xffff)
     }
 
+    /// The same, with the places of arguments.
+    #[must_use]
+    pub const fn with_places(self, places: Places) -> Self {
+        Self(self.0 | places.bits() << PLACES_SHIFT)
+    }
+
+    /// Where the arguments are.
+    #[must_use]
+    pub const fn places(self) -> Places {
+        Places::from_bits(self.0 >> PLACES_SHIFT)
+    }
+
     /// The target's slot in the map of targets.
     #[must_use]
     pub const fn slot(self) -> u32 {
@@ -147,9 +160,52 @@ impl AttachCookie {
     }
 }
 
+/// The first of the bits of [`Places`].
+const PLACES_SHIFT: u32 = 40;
+
+/// Arguments that are in registers.
+pub const REGISTER_ARGUMENTS: u8 = 6;
+
+/// Where a function has its arguments, counted from 0: each below [`REGISTER_ARGUMENTS`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Places {
+    /// The size; of a function that gives a block up, the block.
+    pub size: u8,
+    /// How many of that size.
+    pub count: Option<u8>,
+    /// Where it stores the block's address, if it does not return it.
+    pub out: Option<u8>,
+}
+
+impl Places {
+    const fn bits(self) -> u64 {
+        const fn behind(place: Option<u8>) -> u64 {
+            match place {
+                Some(place) => (place as u64 & 7) + 1,
+                None => 0,
+            }
+        }
+        self.size as u64 & 7 | (behind(self.count) & 7) << 3 | (behind(self.out) & 7) << 6
+    }
+
+    const fn from_bits(bits: u64) -> Self {
+        const fn before(bits: u64) -> Option<u8> {
+            match bits & 7 {
+                0 => None,
+                behind => Some(behind as u8 - 1),
+            }
+        }
+        Self {
+            size: (bits & 7) as u8,
+            count: before(bits >> 3),
+            out: before(bits >> 6),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::AttachCookie;
+    use super::{AttachCookie, Places, REGISTER_ARGUMENTS};
     use crate::{function::Function, prefilter::SiteKind};
 
     /// Check that a cookie gives back what went into it, at the limits too.
@@ -175,6 +231,27 @@ mod tests {
             assert_eq!(cookie.slot(), slot);
             assert_eq!(cookie.site(), u16::MAX);
             assert_eq!(cookie.function_code(), Function::Pvalloc as u8);
+        }
+    }
+
+    /// Check that places of arguments come back from a cookie, and leave the rest of it.
+    #[test]
+    fn places_round_trip() {
+        let cookie = AttachCookie::new(u16::MAX, u16::MAX, Function::New);
+        assert_eq!(cookie.places(), Places::default());
+        for size in 0..REGISTER_ARGUMENTS {
+            for other in [None, Some(0), Some(REGISTER_ARGUMENTS - 1)] {
+                let places = Places {
+                    size,
+                    count: other,
+                    out: other.map(|other| REGISTER_ARGUMENTS - 1 - other),
+                };
+                let with = cookie.with_places(places);
+                assert_eq!(with.places(), places);
+                assert_eq!((with.slot(), with.site()), (0xffff, u16::MAX));
+                assert_eq!(with.function_code(), Function::New as u8);
+                assert_eq!(with.0 >> 63, 0);
+            }
         }
     }
 

@@ -73,6 +73,14 @@ functions! {
     HeapReallocn = 19, "mi_heap_reallocn";
     /// `void *mi_heap_reallocf(mi_heap_t *, void *, size_t)`, mimalloc
     HeapReallocf = 20, "mi_heap_reallocf";
+    /// `void *operator new(size_t)`, also with an alignment behind it
+    New = 21, "operator new";
+    /// `void *mi_new_n(size_t, size_t)`, mimalloc
+    NewN = 22, "mi_new_n";
+    /// `void *mi_heap_alloc_new(mi_heap_t *, size_t)`, mimalloc
+    HeapNew = 23, "mi_heap_alloc_new";
+    /// `void *mi_heap_alloc_new_n(mi_heap_t *, size_t, size_t)`, mimalloc
+    HeapNewN = 24, "mi_heap_alloc_new_n";
 }
 
 impl Function {
@@ -89,6 +97,34 @@ impl Function {
                 | Self::HeapReallocn
                 | Self::HeapReallocf
         )
+    }
+
+    /// Whether it may end by an exception. A return probe would be in the way of that: the
+    /// unwinder finds the address that the kernel has put in place of the caller's.
+    #[must_use]
+    pub const fn throws(self) -> bool {
+        matches!(
+            self,
+            Self::New | Self::NewN | Self::HeapNew | Self::HeapNewN
+        )
+    }
+
+    /// Where the arguments are of a function that is probed by
+    /// [`crate::config::Places`]; none for the others.
+    #[must_use]
+    pub const fn places(self) -> Option<crate::config::Places> {
+        let (size, count) = match self {
+            Self::New => (0, None),
+            Self::NewN => (1, Some(0)),
+            Self::HeapNew => (1, None),
+            Self::HeapNewN => (2, Some(1)),
+            _ => return None,
+        };
+        Some(crate::config::Places {
+            size,
+            count,
+            out: None,
+        })
     }
 
     /// Whether it gives a block up and hands none out.

@@ -68,7 +68,7 @@ fn old_block(ctx: &ProbeContext, function: u8) -> u64 {
 
 /// `a.saturating_mul(b)` without the 128-bit product that BPF lacks.
 #[inline(always)]
-fn saturating_product(a: u64, b: u64) -> u64 {
+pub(crate) fn saturating_product(a: u64, b: u64) -> u64 {
     let (small, large) = if a < b { (a, b) } else { (b, a) };
     if small >> 32 != 0 {
         return u64::MAX;
@@ -123,6 +123,7 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
         sample_interval_bytes: if sampled { interval } else { 0 },
         address: 0,
         flags: if nests { CALL_NESTS } else { 0 },
+        return_address: 0,
     };
     if function == POSIX_MEMALIGN {
         call.address = ctx.arg::<u64>(0).unwrap_or(0);

@@ -28,3 +28,20 @@ pub(crate) fn entry(ctx: &ProbeContext) {
     }
     let _ = live::remove(hit.slot, &hit.live_key(addr));
 }
+
+/// At the place at which a function passes its block on to another that is probed: the call
+/// counts there.
+#[inline(always)]
+pub(crate) fn passes_on(ctx: &ProbeContext) {
+    if ctx.arg::<u64>(0).unwrap_or(0) == 0 {
+        return;
+    }
+    let Some(hit) = Hit::new(ctx.as_ptr()) else {
+        return;
+    };
+    // SAFETY: the context is valid for this program's run.
+    let stack_pointer = unsafe { (*ctx.regs).rsp };
+    if !hit.may_be_nested() || !is_nested(current_thread(), hit.cookie.0, stack_pointer) {
+        totals::uncount_free(&hit);
+    }
+}

@@ -4,7 +4,7 @@
 //! call (`calloc` calling `malloc` in musl, `realloc(NULL, n)` calling `malloc`
 //! in glibc, an interposed library calling libc's) is doing one allocation.
 
-use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
 use memprof_common::{
     config::{AttachCookie, TargetState},
     live::{LiveKey, LiveValue},
@@ -32,6 +32,8 @@ pub(crate) struct InFlightCall {
     pub(crate) address: u64,
     /// `CALL_*`.
     pub(crate) flags: u64,
+    /// With [`CALL_PLACED`]: where it returns to.
+    pub(crate) return_address: u64,
 }
 
 /// Counted in [`TargetState::nesting_calls`].
@@ -40,6 +42,27 @@ pub(crate) const CALL_NESTS: u64 = 1;
 pub(crate) const CALL_FREES: u64 = 2;
 /// Its old block was in the live map, and is in `TAKEN`.
 pub(crate) const CALL_TAKEN: u64 = 4;
+
+/// Its return is seen at the function's own instructions, and it may never come to them: it
+/// may throw. So what is remembered of it holds only as long as its return address is where
+/// it was.
+pub(crate) const CALL_PLACED: u64 = 8;
+
+impl InFlightCall {
+    /// Whether it may still be under way. Where an exception has ended it, what was called
+    /// since has written over its place on the stack.
+    #[inline(always)]
+    pub(crate) fn may_be_under_way(&self) -> bool {
+        self.flags & CALL_PLACED == 0 || return_address(self.stack_pointer) == self.return_address
+    }
+}
+
+/// The return address of a call with this stack pointer at its entry; 0 if it cannot be read.
+#[inline(always)]
+pub(crate) fn return_address(stack_pointer: u64) -> u64 {
+    // SAFETY: reads the target's memory, and says so if that fails.
+    unsafe { bpf_probe_read_user(stack_pointer as *const u64) }.unwrap_or(0)
+}
 
 /// A block that a `realloc` under way has taken out of the live map.
 #[derive(Clone, Copy)]
@@ -68,14 +91,16 @@ pub(crate) const fn thread_of(pid: u32, thread: u32) -> u64 {
 /// The same stack pointer at another site is a tail call (`reallocarray` jumps
 /// to `realloc`): still the same call. The same or a higher one at the same
 /// site is a new call, and the one in flight never returned through its probe
-/// (`longjmp` out of it, or the probe came after its entry).
+/// (`longjmp` or an exception out of it, or the probe came after its entry).
 #[inline(always)]
 pub(crate) fn is_nested(thread: u64, cookie: u64, stack_pointer: u64) -> bool {
     // SAFETY: only this thread writes the entry.
     match unsafe { IN_FLIGHT.get(thread) } {
         Some(outer) => {
-            stack_pointer < outer.stack_pointer
-                || (stack_pointer == outer.stack_pointer && cookie != outer.cookie)
+            (stack_pointer < outer.stack_pointer
+                || (stack_pointer == outer.stack_pointer && cookie != outer.cookie))
+                && outer.flags & (CALL_NESTS | CALL_PLACED) != CALL_PLACED
+                && outer.may_be_under_way()
         }
         None => false,
     }
@@ -119,6 +144,44 @@ pub(crate) fn leave(hit: &Hit, thread: u64, stack_pointer: u64) -> Option<InFlig
         count_nesting(hit.state, u64::MAX);
     }
     Some(call)
+}
+
+/// Takes back the call of a function whose returns are seen at its own instructions, at one
+/// of which the thread is. Several functions can have it in common.
+#[inline(always)]
+pub(crate) fn leave_placed(hit: &Hit, thread: u64, stack_pointer: u64) -> Option<InFlightCall> {
+    // SAFETY: only this thread writes the entry.
+    let call = unsafe { IN_FLIGHT.get(thread) }?;
+    if call.flags & CALL_PLACED == 0
+        || call.stack_pointer != stack_pointer
+        || AttachCookie(call.cookie).slot() != hit.slot
+        || !call.may_be_under_way()
+    {
+        return None;
+    }
+    let call = *call;
+    if IN_FLIGHT.remove(thread).is_ok() && call.flags & CALL_NESTS != 0 {
+        count_nesting(hit.state, u64::MAX);
+    }
+    Some(call)
+}
+
+/// A call of such a function begins, and is not remembered: one that an exception has ended
+/// is not to be taken for it when it returns.
+#[inline(always)]
+pub(crate) fn drop_placed(hit: &Hit, thread: u64, stack_pointer: u64) {
+    // SAFETY: only this thread writes the entry.
+    let Some(call) = (unsafe { IN_FLIGHT.get(thread) }) else {
+        return;
+    };
+    let flags = call.flags;
+    if flags & CALL_PLACED != 0
+        && call.stack_pointer <= stack_pointer
+        && IN_FLIGHT.remove(thread).is_ok()
+        && flags & CALL_NESTS != 0
+    {
+        count_nesting(hit.state, u64::MAX);
+    }
 }
 
 #[inline(always)]

@@ -2,7 +2,8 @@
 //! allocator, and two tracepoints on its life.
 //!
 //! Read it in the order of the data path: this file's entry points, then
-//! `alloc` (an allocating call from entry to return), `free`, `site` (what the prefilter
+//! `alloc` (an allocating call from entry to return), `placed` (the same of functions that
+//! may throw), `free`, `site` (what the prefilter
 //! passes on of both), and what they use:
 //! `hit` and `claim` (whose call it is), `totals` (what every call adds to), `in_flight`
 //! (calls between entry and return), `stack` and `unwind`, `tail_calls` (the same for old
@@ -32,6 +33,7 @@ mod life;
 mod live;
 mod maps;
 mod occupancy;
+mod placed;
 mod site;
 mod stack;
 mod stack_copy;
@@ -113,6 +115,45 @@ pub extern "C" fn alloc_session(ctx: *mut c_void) -> u32 {
 #[unsafe(link_section = "uprobe")]
 pub extern "C" fn free_entry(ctx: *mut c_void) -> u32 {
     free::entry(&ProbeContext::new(ctx));
+    0
+}
+
+/// The place at which a function that gives blocks up passes a block on to another that is
+/// probed, too: it is one call.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn free_passes_on(ctx: *mut c_void) -> u32 {
+    free::passes_on(&ProbeContext::new(ctx));
+    0
+}
+
+/// Entry of a function that hands out blocks and may throw.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn placed_entry(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::entry(&ProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// A `ret` of such a function.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn placed_return(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::on_return::<false>(&ProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// As [`placed_return`], for kernels without `bpf_loop`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn placed_return_tail(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::on_return::<true>(&ProbeContext::new(ctx), &hit);
+    }
     0
 }
 

@@ -142,13 +142,45 @@ static const struct function mimalloc[] = {
         { 0 }
 };
 
+/* C++'s, under all names; an allocator has some of them. */
+static const struct function cxx[] = {
+        { "_Znwm", SIZE, "_ZdlPv", FREE, 0, 0 },
+        { "_Znam", SIZE, "_ZdaPv", FREE, 0, 0 },
+        { "_Znwm", SIZE, "_ZdlPvm", FREE_SIZE, 0, 24576 },
+        { "_Znam", SIZE, "_ZdaPvm", FREE_SIZE, 0, 0 },
+        { "_ZnwmRKSt9nothrow_t", SIZE, "_ZdlPvRKSt9nothrow_t", FREE, 0, 0 },
+        { "_ZnamRKSt9nothrow_t", SIZE, "_ZdaPvRKSt9nothrow_t", FREE, 0, 0 },
+        { "_ZnwmSt11align_val_t", SIZE, "_ZdlPvSt11align_val_t", FREE_FLAGS, 64, 0 },
+        { "_ZnamSt11align_val_t", SIZE, "_ZdaPvSt11align_val_t", FREE_FLAGS, 64, 0 },
+        { "_ZnwmSt11align_val_t", SIZE, "_ZdlPvmSt11align_val_t", FREE_SIZE, 64, 0 },
+        { "_ZnamSt11align_val_t", SIZE, "_ZdaPvmSt11align_val_t", FREE_SIZE, 64, 0 },
+        { "_ZnwmSt11align_val_tRKSt9nothrow_t", SIZE, "_ZdlPvSt11align_val_tRKSt9nothrow_t",
+          FREE_FLAGS, 64, 0 },
+        { "_ZnamSt11align_val_tRKSt9nothrow_t", SIZE, "_ZdaPvSt11align_val_tRKSt9nothrow_t",
+          FREE_FLAGS, 64, 0 },
+        { "tc_new", SIZE, "tc_delete", FREE, 0, 0 },
+        { "tc_newarray_nothrow", SIZE, "tc_deletearray_sized", FREE_SIZE, 0, 24576 },
+        { "tc_new_aligned", SIZE, "tc_delete_sized_aligned", FREE_SIZE, 64, 0 },
+        { "tc_new_aligned_nothrow", SIZE, "tc_delete_aligned", FREE_FLAGS, 64, 0 },
+        { "mi_new", SIZE, "mi_free", FREE, 0, 0 },
+        { "mi_new_nothrow", SIZE, "mi_free", FREE, 0, 0 },
+        { "mi_new_aligned", SIZE, "mi_free", FREE, 64, 0 },
+        { "mi_new_aligned_nothrow", SIZE, "mi_free", FREE, 64, 0 },
+        { "mi_new_n", COUNT, "mi_free", FREE, 0, 0 },
+        { "mi_heap_alloc_new", HEAP_SIZE, "mi_free", FREE, 0, 0 },
+        { "mi_heap_alloc_new_n", HEAP_COUNT, "mi_free", FREE, 0, 0 },
+        { "mi_new_realloc", RE, "mi_free", FREE, 0, 0 },
+        { "mi_new_reallocn", REARRAY, "mi_free", FREE, 0, 0 },
+        { 0 }
+};
+
 static const struct {
         const char *name;
         const struct function *functions;
 } families[] = {
         { "plain", plain },       { "more", more },     { "jemalloc", jemalloc },
         { "je", je },             { "rjem", rjem },     { "tcmalloc", tcmalloc },
-        { "mimalloc", mimalloc },
+        { "mimalloc", mimalloc }, { "cxx", cxx },
 };
 
 /* Any function: no argument is in anything but a register. */

@@ -129,6 +129,54 @@ fn mimalloc() {
     check_driver(&mut driver().command(&["mimalloc", &path]), 54);
 }
 
+/// The libraries that have `operator new` of their own, and how many of the driver's functions
+/// each has: mimalloc has no `delete` that does not throw.
+const CXX: [(&str, usize); 4] = [
+    ("libjemalloc.so.2", 12),
+    ("libtcmalloc.so.4", 16),
+    ("libtcmalloc_minimal.so.4", 16),
+    ("libmimalloc.so.2", 17),
+];
+
+/// Check C++'s `new` and `delete` in all their forms.
+#[test]
+fn cxx() {
+    for (name, functions) in CXX {
+        let mut command = driver().command(&["cxx"]);
+        command.env("LD_PRELOAD", library(name));
+        check_driver(&mut command, functions);
+    }
+}
+
+/// Check that a `new` which throws is one call that failed, that the program goes on as ever,
+/// and that what it allocates then, in the very frames that the exception has passed, is
+/// counted. mimalloc's of Debian is built as C, and aborts.
+#[test]
+fn cxx_throws() {
+    let target = target_with("new_throws.cpp", &["-ldl"]);
+    for (name, _) in CXX.iter().filter(|(name, _)| *name != "libmimalloc.so.2") {
+        let dir = TempDir::new("allocators");
+        let mut command = target.command(&[]);
+        command.env("LD_PRELOAD", library(name));
+        let recorded = Record::every_allocation(&dir).attach(&mut command, End::Interrupt);
+        let process = recorded.process();
+        let (thrown, kept) = (
+            recorded.target.value("thrown"),
+            recorded.target.value("kept"),
+        );
+        assert_eq!((thrown, kept), (300, 300), "{name}");
+        let blocks = sum(process.through("after_a_throw"));
+        assert_eq!(blocks, Totals::of(kept, kept, 48), "{name}");
+        // Each exception is a block, too, which is freed.
+        let totals = process.totals();
+        assert_eq!(totals.alloc_objects, kept + thrown, "{name}");
+        assert_eq!(totals.inuse_objects, kept, "{name}");
+        let exact = process.exact();
+        assert_eq!(exact.alloc_calls, kept + 2 * thrown, "{name}");
+        assert_eq!(exact.free_calls, thrown, "{name}");
+    }
+}
+
 /// Check musl, shared. `static_pie` has static programs.
 #[test]
 fn musl() {

@@ -32,7 +32,7 @@ use crate::{
         error::{DetachError, PrefilterError},
     },
     probe::{
-        attach::AttachError,
+        attach::{AttachError, Site},
         find::{AllocatorModule, FindError, FoundSite},
         mode::ModeChoice,
     },
@@ -292,6 +292,19 @@ impl State {
             Self::Tracing => "tracing",
             Self::Ended => "ended",
         }
+    }
+}
+
+/// A site as it is probed.
+pub(super) fn probed_site(module: &AllocatorModule, found: &FoundSite, number: u16) -> Site {
+    Site {
+        path: module.attach_path.clone(),
+        file_offset: found.probe_offset(),
+        function: found.function,
+        symbol: found.symbol,
+        number,
+        returns: found.returns.clone(),
+        passes_on: found.passes_on.clone(),
     }
 }
 

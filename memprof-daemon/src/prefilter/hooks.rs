@@ -29,6 +29,8 @@ pub struct Hook {
     pub entry: u64,
     /// The instructions that make space for it.
     pub displaced: Displaced,
+    /// Where the function is that is called in its place: see [`FoundSite::twin`].
+    pub twin: Option<u64>,
 }
 
 /// Why an allocator cannot be entered by jumps.
@@ -72,6 +74,9 @@ pub enum Refusal {
     /// Another function's first instructions are its own.
     #[error("its first instructions are those of {0} too")]
     Overlap(&'static str),
+    /// It may throw through a stub that has called it.
+    #[error("it may throw, and its file has no other that does the same and does not")]
+    Throws,
     /// It is not in the file's code.
     #[error("it is not in the file's code")]
     NotInCode,
@@ -209,6 +214,11 @@ fn hook(
     let address = layout.code_address(site.file_offset);
     let address = address.ok_or(Refusal::NotInCode)?.0.wrapping_add(bias);
     let code = module.code(site).map_err(Refusal::Unreadable)?;
+    let twin = match site.twin {
+        Some(twin) => Some(layout.code_address(twin).ok_or(Refusal::NotInCode)?),
+        None if site.function.throws() => return Err(Refusal::Throws),
+        None => None,
+    };
     let displaced = displace_behind_first(&code, address)?;
     let length = displaced.end().wrapping_sub(address);
     let expected = usize::try_from(length).ok().and_then(|end| code.get(..end));
@@ -218,6 +228,7 @@ fn hook(
         symbol: site.symbol,
         entry: displaced.address,
         displaced,
+        twin: twin.map(|twin| twin.0.wrapping_add(bias)),
     };
     Ok((address, hook))
 }

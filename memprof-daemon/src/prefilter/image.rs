@@ -51,6 +51,9 @@ pub enum ImageError {
         /// Where its stub begins.
         stub: u64,
     },
+    /// It needs another function to call, and there is none; a defect of this program.
+    #[error("{0}: no other function that does the same")]
+    NoTwin(&'static str),
     /// Too many functions for one image.
     #[error("an image for {0} functions")]
     TooMany(usize),
@@ -204,14 +207,24 @@ struct Assembly {
 impl Assembly {
     /// Adds the stub of a function.
     fn stub(&mut self, hook: &Hook, nests: MallocNests) -> Result<Patch, ImageError> {
-        let Hook {
-            function, symbol, ..
-        } = *hook;
+        let symbol = hook.symbol;
         self.bytes
             .resize(self.bytes.len().next_multiple_of(LINE_BYTES), INT3);
-        let Extent { start, entry, end } = stubs::extent(template(function, nests));
+        let template = template(hook, nests);
+        if matches!(
+            template,
+            Template::New
+                | Template::NewN
+                | Template::HeapNew
+                | Template::HeapNewN
+                | Template::Passing
+        ) && hook.twin.is_none()
+        {
+            return Err(ImageError::NoTwin(symbol));
+        }
+        let Extent { start, entry, end } = stubs::extent(template);
         let mut stub = self.at + (self.bytes.len() + (entry - start) as usize) as u64;
-        self.copy(start as usize..end as usize, Some(function))?;
+        self.copy(start as usize..end as usize, Some(hook))?;
         let real = self.at + self.bytes.len() as u64;
         let relocated = hook
             .displaced
@@ -271,7 +284,7 @@ impl Assembly {
     fn copy(
         &mut self,
         range: std::ops::Range<usize>,
-        function: Option<Function>,
+        hook: Option<&Hook>,
     ) -> Result<(), ImageError> {
         let copied_to = self.bytes.len();
         let code = stubs::code().get(range.clone());
@@ -292,7 +305,7 @@ impl Assembly {
                 continue;
             }
             let kind = PatchKind::from_code(code).ok_or(misunderstood)?;
-            self.patch(kind, place, offset, function)
+            self.patch(kind, place, offset, hook)
                 .ok_or(ImageError::Note(offset))?;
         }
         Ok(())
@@ -305,7 +318,7 @@ impl Assembly {
         kind: PatchKind,
         place: usize,
         offset: usize,
-        function: Option<Function>,
+        hook: Option<&Hook>,
     ) -> Option<()> {
         let (data, geometry) = (self.data, self.geometry);
         let long = |distance: usize| Some((data + distance as u64).to_le_bytes());
@@ -321,13 +334,21 @@ impl Assembly {
             *self.bytes.get_mut(place..)?.first_chunk_mut()? = address;
             return Some(());
         }
+        let at = self.at;
         let operand: &mut [u8; 4] = self.bytes.get_mut(place..)?.first_chunk_mut()?;
         let value = match kind {
             PatchKind::ShardMask => (geometry.shards as usize - 1) * SHARD_BYTES,
             PatchKind::BucketMask => geometry.buckets() - 1,
             PatchKind::OwnerDistance => geometry.p_delta() + PRIVATE_OWNER,
             PatchKind::CallDistance => geometry.p_delta() + PRIVATE_CALL,
-            PatchKind::Function => function? as usize,
+            PatchKind::Function => hook?.function as usize,
+            PatchKind::Twin => {
+                // The number is the end of its instruction.
+                let behind = at + place as u64 + 4;
+                let distance = hook?.twin?.wrapping_sub(behind).cast_signed();
+                *operand = i32::try_from(distance).ok()?.to_le_bytes();
+                return Some(());
+            }
             PatchKind::ToCommon => {
                 // Stub and common part are at another distance than in the stubs.
                 let target =
@@ -342,8 +363,8 @@ impl Assembly {
     }
 }
 
-const fn template(function: Function, nests: MallocNests) -> Template {
-    match (function, nests) {
+const fn template(hook: &Hook, nests: MallocNests) -> Template {
+    match (hook.function, nests) {
         (Function::Malloc, MallocNests::No) | (Function::Mallocx, _) => Template::Malloc,
         (Function::Malloc, MallocNests::Yes) | (Function::Valloc | Function::Pvalloc, _) => {
             Template::Sized
@@ -359,6 +380,14 @@ const fn template(function: Function, nests: MallocNests) -> Template {
         (Function::HeapRealloc, _) => Template::HeapRealloc,
         (Function::HeapReallocn, _) => Template::HeapReallocn,
         (Function::HeapReallocf, _) => Template::HeapReallocf,
+        (Function::New, _) => Template::New,
+        (Function::NewN, _) => Template::NewN,
+        (Function::HeapNew, _) => Template::HeapNew,
+        (Function::HeapNewN, _) => Template::HeapNewN,
+        (
+            Function::Free | Function::Cfree | Function::FreeSized | Function::FreeAlignedSized,
+            _,
+        ) if hook.twin.is_some() => Template::Passing,
         (
             Function::Free | Function::Cfree | Function::FreeSized | Function::FreeAlignedSized,
             _,

@@ -11,6 +11,8 @@
 //!   Compilers know which registers a function of the same program leaves alone, so those
 //!   that the calling convention lets a call change are kept, too.
 //! * Vector registers are never touched.
+//! * In place of one that may throw another is called that does the same and does not. That
+//!   leaves registers as the calling convention lets it.
 //! * The real function is called with the stack as aligned as it was.
 //! * They call nothing and make no system call. The only loops wait for nobody: each turn
 //!   is paid by another thread's progress.
@@ -81,6 +83,7 @@ global_asm!(
     CALL_DISTANCE = const PatchKind::CallDistance as u8,
     FUNCTION = const PatchKind::Function as u8,
     TO_COMMON = const PatchKind::ToCommon as u8,
+    TWIN = const PatchKind::Twin as u8,
     options(att_syntax)
 );
 
@@ -126,6 +129,8 @@ patch_kinds! {
     /// 4 bytes: from behind it to a routine of the common part, as things lie in the
     /// stubs.
     ToCommon = 11,
+    /// 4 bytes: from behind it to the function's twin.
+    Twin = 12,
 }
 
 /// The stub of a kind of functions. The order is that of the table in functions.S.
@@ -159,10 +164,20 @@ pub(super) enum Template {
     HeapReallocn,
     /// A heap, then as `reallocf`.
     HeapReallocf,
+    /// `operator new`, with a way for unsampled calls.
+    New,
+    /// A count and the size, and may throw.
+    NewN,
+    /// A heap and the size, and may throw.
+    HeapNew,
+    /// A heap, then as `NewN`.
+    HeapNewN,
+    /// A `free` that calls another.
+    Passing,
 }
 
 /// How many templates there are.
-pub(super) const TEMPLATES: usize = 14;
+pub(super) const TEMPLATES: usize = 19;
 
 /// Offsets in the stubs.
 #[derive(Clone, Copy, Debug)]

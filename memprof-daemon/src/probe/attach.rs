@@ -37,16 +37,24 @@ pub struct Site {
     pub symbol: &'static str,
     /// Number of the site within its target.
     pub number: u16,
+    /// Of a function that may throw: where in the file it returns.
+    pub returns: Vec<FileOffset>,
+    /// Of a function that gives blocks up: where it passes one on to another.
+    pub passes_on: Vec<FileOffset>,
 }
 
 impl Site {
-    fn place(&self, owner: Owner) -> Place {
+    fn place_at(&self, owner: Owner, file_offset: FileOffset) -> Place {
         let cookie = match owner {
             Owner::Target { slot, .. } => AttachCookie::new(slot, self.number, self.function),
             Owner::Everyone => AttachCookie::shared(self.number, self.function),
         };
+        let cookie = match self.function.places() {
+            Some(places) => cookie.with_places(places),
+            None => cookie,
+        };
         Place {
-            file_offset: self.file_offset.0,
+            file_offset: file_offset.0,
             cookie: cookie.0,
         }
     }
@@ -240,17 +248,42 @@ impl Prober {
         let (frees, mut allocs): (Vec<&Site>, Vec<&Site>) =
             sites.iter().partition(|site| site.function.is_free());
         allocs.sort_by_key(|site| !site.reallocates());
-        for (event, sites, links) in [
-            (Event::FreeEntry, &frees, &mut links.free_entries),
-            (Event::AllocReturn, &allocs, &mut links.alloc_returns),
-            (Event::AllocEntry, &allocs, &mut links.alloc_entries),
+        let (placed, allocs): (Vec<&Site>, Vec<&Site>) = allocs
+            .into_iter()
+            .partition(|site| site.function.places().is_some());
+        for (event, sites) in [
+            (Event::FreeEntry, &frees),
+            (Event::PassesOn, &frees),
+            (Event::AllocReturn, &allocs),
+            (Event::PlacedReturn, &placed),
+            (Event::AllocEntry, &allocs),
+            (Event::PlacedEntry, &placed),
         ] {
+            let links = match event {
+                Event::AllocReturn | Event::PlacedReturn => &mut links.alloc_returns,
+                Event::AllocEntry | Event::PlacedEntry => &mut links.alloc_entries,
+                _ => &mut links.free_entries,
+            };
             let mut files: BTreeMap<&Path, Vec<&Site>> = BTreeMap::new();
             for &site in sites {
                 files.entry(&site.path).or_default().push(site);
             }
             for (path, sites) in files {
-                let places: Vec<Place> = sites.iter().map(|site| site.place(owner)).collect();
+                let within = |site: &Site| match event {
+                    Event::PassesOn => site.passes_on.clone(),
+                    Event::PlacedReturn => site.returns.clone(),
+                    _ => vec![site.file_offset],
+                };
+                let mut places: Vec<Place> = sites
+                    .iter()
+                    .flat_map(|site| {
+                        let offsets = within(site).into_iter();
+                        offsets.map(|offset| site.place_at(owner, offset))
+                    })
+                    .collect();
+                // Functions have returns in common, where they end by a jump to the same one.
+                places.sort_by_key(|place| place.file_offset);
+                places.dedup_by_key(|place| place.file_offset);
                 let attached = self
                     .programs
                     .attach(event, path, &places, owner.pid())

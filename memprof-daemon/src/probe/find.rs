@@ -27,6 +27,7 @@ use crate::{
 };
 
 mod flow;
+mod flows;
 mod linkage;
 mod names;
 mod points;
@@ -92,6 +93,13 @@ pub struct FoundSite {
     pub code_bytes: u64,
     /// The instruction to probe it on.
     pub point: ProbePoint,
+    /// Of a function that may throw: the instructions at which it returns.
+    pub returns: Vec<FileOffset>,
+    /// A function of the file that does the same, and is counted itself or cannot throw: what
+    /// one that may throw has beside it, and where one that gives blocks up passes them on to.
+    pub twin: Option<FileOffset>,
+    /// The instructions at which it passes a block on to another function that gives blocks up.
+    pub passes_on: Vec<FileOffset>,
 }
 
 impl FoundSite {
@@ -148,9 +156,9 @@ pub(crate) fn always_leads_to(
     function: (Function, u64),
     others: &[u64],
 ) -> bool {
-    let (function, address) = function;
     let mut linkage = linkage::Linkage::new(file, layout);
-    flow::follow(file, layout, &mut linkage, address, others, function).always_leads_on()
+    let depth = flow::Depth::Jumps;
+    flow::follow(file, layout, &mut linkage, function, others, depth).always_leads_on()
 }
 
 /// Which of `ranges` of addresses have a symbol of `file` in them.
@@ -351,6 +359,14 @@ fn whole_families(places: &[Place], is_loader: bool) -> Vec<Family> {
         known.any(|known| known.family == family && is_it(known))
     };
     let is_whole = |family: &Family| match family {
+        // Beside it, one that no wrapper of `malloc` has.
+        Family::Cxx => {
+            let extended = |known: &names::Known| known.symbol == "mallocx";
+            defines(Family::Plain, &extended)
+                || Family::ALL
+                    .iter()
+                    .any(|family| family.is_distinct() && defines(*family, &|_| true))
+        }
         Family::Plain => {
             let named = |symbol| move |known: &names::Known| known.symbol == symbol;
             defines(*family, &named("malloc"))

@@ -133,7 +133,7 @@ pub struct Maps {
 /// (`InFlightCall` in `memprof-ebpf/src/in_flight.rs`), and begins with its cookie.
 #[derive(Debug)]
 pub struct CallMaps {
-    in_flight: HashMap<MapData, u64, [u64; 6]>,
+    in_flight: HashMap<MapData, u64, [u64; 7]>,
 }
 
 impl CallMaps {

@@ -169,6 +169,9 @@ const fn arguments(function: Function) -> &'static [Register] {
         | Function::HeapCalloc
         | Function::HeapRealloc
         | Function::HeapReallocf => &[RDI, RSI, RDX],
+        Function::New => &[RDI],
+        Function::NewN | Function::HeapNew => &[RDI, RSI],
+        Function::HeapNewN => &[RDI, RSI, RDX],
         Function::HeapReallocn => &[RDI, RSI, RDX, RCX],
     }
 }

@@ -41,6 +41,9 @@ pub(super) struct Names {
     alloc_entry: &'static str,
     alloc_return: Option<&'static str>,
     site: Option<&'static str>,
+    passes_on: Option<&'static str>,
+    placed_entry: Option<&'static str>,
+    placed_return: Option<&'static str>,
 }
 
 impl ProgramSet {
@@ -64,6 +67,12 @@ impl ProgramSet {
                     Walker::TailCalls => "prefilter_site_tail",
                     Walker::Loop | Walker::FramePointers => "prefilter_site",
                 }),
+                passes_on: Some("free_passes_on"),
+                placed_entry: Some("placed_entry"),
+                placed_return: Some(match walker {
+                    Walker::TailCalls => "placed_return_tail",
+                    Walker::Loop | Walker::FramePointers => "placed_return",
+                }),
             },
             Self::Empty => Names {
                 free_entry: "empty_entry",
@@ -74,6 +83,9 @@ impl ProgramSet {
                 },
                 alloc_return: if session { None } else { Some("empty_return") },
                 site: None,
+                passes_on: None,
+                placed_entry: None,
+                placed_return: None,
             },
             Self::EmptyEntriesOnly => Names {
                 free_entry: "empty_entry",
@@ -84,6 +96,9 @@ impl ProgramSet {
                 },
                 alloc_return: None,
                 site: None,
+                passes_on: None,
+                placed_entry: None,
+                placed_return: None,
             },
         }
     }
@@ -103,6 +118,12 @@ pub(super) enum Event {
     AllocReturn,
     /// A site of a prefilter's image is passed.
     Site,
+    /// A function that gives blocks up passes one on.
+    PassesOn,
+    /// A function that hands out blocks and may throw is called.
+    PlacedEntry,
+    /// One of its returns is reached.
+    PlacedReturn,
 }
 
 /// One attached program. Dropping it detaches.
@@ -134,6 +155,9 @@ pub(super) enum Programs {
         alloc_entry: OwnedFd,
         alloc_return: Option<OwnedFd>,
         site: Option<OwnedFd>,
+        passes_on: Option<OwnedFd>,
+        placed_entry: Option<OwnedFd>,
+        placed_return: Option<OwnedFd>,
     },
     /// Attached by perf events.
     Perf(Box<PerfPrograms>),
@@ -145,6 +169,9 @@ pub(super) struct PerfPrograms {
     alloc_entry: UProbe,
     alloc_return: Option<UProbe>,
     site: Option<UProbe>,
+    passes_on: Option<UProbe>,
+    placed_entry: Option<UProbe>,
+    placed_return: Option<UProbe>,
 }
 
 impl Programs {
@@ -189,6 +216,9 @@ impl Programs {
                 let program = load(name, AttachType::Perf)?;
                 by_perf(&program, name, kind).map_err(|error| (name, error))
             };
+            let at_entry = |name: Option<&'static str>| {
+                name.map(|name| load(name, ProbeKind::Entry)).transpose()
+            };
             return Ok(Self::Perf(Box::new(PerfPrograms {
                 free_entry: load(names.free_entry, ProbeKind::Entry)?,
                 alloc_entry: load(names.alloc_entry, ProbeKind::Entry)?,
@@ -196,26 +226,25 @@ impl Programs {
                     .alloc_return
                     .map(|name| load(name, ProbeKind::Return))
                     .transpose()?,
-                site: names
-                    .site
-                    .map(|name| load(name, ProbeKind::Entry))
-                    .transpose()?,
+                site: at_entry(names.site)?,
+                passes_on: at_entry(names.passes_on)?,
+                placed_entry: at_entry(names.placed_entry)?,
+                placed_return: at_entry(names.placed_return)?,
             })));
         }
+        let alone =
+            |name: Option<&'static str>| name.map(|name| load(name, AttachType::Multi)).transpose();
         Ok(Self::Multi {
             alloc_type,
             // Frees need no session.
             free_entry: load(names.free_entry, AttachType::Multi)?,
             alloc_entry: load(names.alloc_entry, alloc_type)?,
-            alloc_return: names
-                .alloc_return
-                .map(|name| load(name, AttachType::Multi))
-                .transpose()?,
+            alloc_return: alone(names.alloc_return)?,
             // Nor do sites, which stand for no call that returns.
-            site: names
-                .site
-                .map(|name| load(name, AttachType::Multi))
-                .transpose()?,
+            site: alone(names.site)?,
+            passes_on: alone(names.passes_on)?,
+            placed_entry: alone(names.placed_entry)?,
+            placed_return: alone(names.placed_return)?,
         })
     }
 
@@ -259,19 +288,27 @@ impl Programs {
                 alloc_entry,
                 alloc_return,
                 site,
+                passes_on,
+                placed_entry,
+                placed_return,
             } => {
-                let (program, attach_type, on) = match event {
-                    Event::FreeEntry => (Some(&*free_entry), AttachType::Multi, ProbeOn::Entry),
-                    Event::AllocEntry => (Some(&*alloc_entry), *alloc_type, ProbeOn::Entry),
-                    Event::AllocReturn => {
-                        (alloc_return.as_ref(), AttachType::Multi, ProbeOn::Return)
-                    }
-                    Event::Site => (site.as_ref(), AttachType::Multi, ProbeOn::Entry),
+                let (program, attach_type) = match event {
+                    Event::FreeEntry => (Some(free_entry.as_fd()), AttachType::Multi),
+                    Event::AllocEntry => (Some(alloc_entry.as_fd()), *alloc_type),
+                    Event::AllocReturn => alone(alloc_return.as_ref()),
+                    Event::Site => alone(site.as_ref()),
+                    Event::PassesOn => alone(passes_on.as_ref()),
+                    Event::PlacedEntry => alone(placed_entry.as_ref()),
+                    Event::PlacedReturn => alone(placed_return.as_ref()),
+                };
+                let on = match event {
+                    Event::AllocReturn => ProbeOn::Return,
+                    _ => ProbeOn::Entry,
                 };
                 let Some(program) = program.filter(|_| !places.is_empty()) else {
                     return Ok(Vec::new());
                 };
-                uprobe_multi::attach(program.as_fd(), attach_type, on, path, places, pid)
+                uprobe_multi::attach(program, attach_type, on, path, places, pid)
                     .map(|link| vec![Link::Multi(link)])
                     .map_err(|error| match error.raw_os_error() {
                         Some(libc::ESRCH) => LinkError::Exited,
@@ -284,6 +321,9 @@ impl Programs {
                     Event::AllocEntry => Some(&mut programs.alloc_entry),
                     Event::AllocReturn => programs.alloc_return.as_mut(),
                     Event::Site => programs.site.as_mut(),
+                    Event::PassesOn => programs.passes_on.as_mut(),
+                    Event::PlacedEntry => programs.placed_entry.as_mut(),
+                    Event::PlacedReturn => programs.placed_return.as_mut(),
                 };
                 let Some(program) = program else {
                     return Ok(Vec::new());
@@ -295,6 +335,11 @@ impl Programs {
             }
         }
     }
+}
+
+/// A program that needs no session.
+fn alone(program: Option<&OwnedFd>) -> (Option<BorrowedFd<'_>>, AttachType) {
+    (program.map(|program| program.as_fd()), AttachType::Multi)
 }
 
 /// Why a program could not be loaded.

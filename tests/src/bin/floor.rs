@@ -70,6 +70,8 @@ fn run() -> Result<(), Box<dyn Error>> {
                 function: found.function,
                 symbol: found.symbol,
                 number: u16::try_from(sites.len())?,
+                returns: Vec::new(),
+                passes_on: Vec::new(),
             });
         }
     }

@@ -1,6 +1,6 @@
 //! Taking a process on: scan, tell BPF, attach.
 
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use memprof_common::{
     config::TargetConfig, function::Function, limits::MAX_TARGETS, unwind::table::MappingList,
@@ -14,13 +14,11 @@ use crate::{
         install::Holder,
         scan::Scan,
         stats::milliseconds,
-        target::{AttachReply, Attached, Image, State, Target, TargetError, shown_site},
+        target::{
+            AttachReply, Attached, Image, State, Target, TargetError, probed_site, shown_site,
+        },
     },
-    probe::{
-        attach::{AttachError, Site},
-        find::AllocatorModule,
-        mode::ModeChoice,
-    },
+    probe::{attach::AttachError, find::AllocatorModule, mode::ModeChoice},
     process::history::CodeHistory,
     sample::ImageId,
 };
@@ -196,14 +194,7 @@ impl Tracer {
                 }
                 let number = target.next_site;
                 target.next_site = target.next_site.wrapping_add(1);
-                let path: PathBuf = module.attach_path.clone();
-                sites.push(Site {
-                    path,
-                    file_offset,
-                    function: found.function,
-                    symbol: found.symbol,
-                    number,
-                });
+                sites.push(probed_site(module, found, number));
                 batch.places.push(place);
                 batch.shown.push(shown_site(module, found));
             }

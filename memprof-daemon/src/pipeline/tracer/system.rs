@@ -27,10 +27,10 @@ use crate::{
     export::profile::ProbeSite,
     pipeline::{
         sweep::Swept,
-        target::{Target, TargetError, shown_site},
+        target::{Target, TargetError, probed_site, shown_site},
     },
     probe::{
-        attach::{AttachError, FileId, Site},
+        attach::{AttachError, FileId},
         find::AllocatorModule,
     },
     ring::mmap_events::{HostEvent, MmapEvent},
@@ -399,13 +399,7 @@ impl Tracer {
             let mut sites = Vec::new();
             let mut shown = Vec::new();
             for found in &module.sites {
-                sites.push(Site {
-                    path: module.attach_path.clone(),
-                    file_offset: found.probe_offset(),
-                    function: found.function,
-                    symbol: found.symbol,
-                    number: system.next_site,
-                });
+                sites.push(probed_site(module, found, system.next_site));
                 system.next_site = system.next_site.wrapping_add(1);
                 shown.push(shown_site(module, found));
             }

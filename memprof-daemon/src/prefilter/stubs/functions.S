@@ -30,6 +30,32 @@
 1:  add $56, %rsp
 .endm
 
+# As memprof_follow, of a function that may throw. Not itself is called, which the unwinder
+# would have to come back from through this frame, but its twin: that returns 0 instead. Then
+# the function is entered without a frame, and throws, or finds memory after all.
+.macro memprof_follow_twin
+    call memprof_stub_enter
+    memprof_patch {TO_COMMON}, 4
+    jnc 1f
+    push %rdi
+    push %rsi
+    push %rdx
+    push %rcx
+    call .                              # %rsp is a multiple of 16
+    memprof_patch {TWIN}, 4
+    pop %rcx
+    pop %rdx
+    pop %rsi
+    pop %rdi
+    call memprof_stub_exit
+    memprof_patch {TO_COMMON}, 4
+    test %rax, %rax
+    jz 1f
+    add $56, %rsp
+    ret
+1:  add $56, %rsp
+.endm
+
 # %rdx:%rax = %rax * \factor, %rax all ones if that is too large; %rdx preserved.
 .macro memprof_product factor
     mov %rdx, {FRAME_INTERVAL}(%rsp)    # not in use yet
@@ -277,6 +303,83 @@ memprof_entry heap_reallocf
     mov %rdx, %rax
     memprof_follow heap_reallocf
 memprof_end heap_reallocf
+
+# void *operator new(size_t %rdi), also with an alignment behind it
+#
+# An unsampled call of a thread at home and in no other call: as of malloc.
+memprof_begin new
+.Lmemprof_new_sampled:
+    add %rdi, {SHARD_COUNTDOWN}(%rcx)   # memprof_stub_enter decides
+.Lmemprof_new_slow:
+    mov -8(%rsp), %rcx
+    memprof_frame 0
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdi, %rax
+    memprof_follow_twin
+    jmp memprof_stub_new_end
+memprof_entry new
+    mov %rcx, -8(%rsp)
+    memprof_home %rcx, %ecx
+    memprof_shards %rax
+    add %rax, %rcx                      # %rcx = the home shard
+    mov %fs:0, %rax
+    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
+    memprof_patch {CALL_DISTANCE}, 4
+    jne .Lmemprof_new_slow
+    lzcnt %rdi, %rax                    # %rax = leading zeros of the size
+    jbe .Lmemprof_new_slow              # carry: size 0; zero: 2^63 or more
+    sub %rdi, {SHARD_COUNTDOWN}(%rcx)
+    jle .Lmemprof_new_sampled           # or impossible, or to draw anew
+    incq {SHARD_CALLS}(%rcx,%rax,8)
+    add %rdi, {SHARD_BYTES_ASKED}(%rcx)
+    mov -8(%rsp), %rcx
+memprof_end new
+
+# void *mi_new_n(size_t %rdi, size_t %rsi)
+memprof_begin new_n
+memprof_entry new_n
+    memprof_frame 0
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rdi, %rax
+    memprof_product %rsi
+    memprof_follow_twin
+memprof_end new_n
+
+# void *mi_heap_alloc_new(mi_heap_t *, size_t %rsi)
+memprof_begin heap_new
+memprof_entry heap_new
+    memprof_frame 0
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_follow_twin
+memprof_end heap_new
+
+# void *mi_heap_alloc_new_n(mi_heap_t *, size_t %rsi, size_t %rdx)
+memprof_begin heap_new_n
+memprof_entry heap_new_n
+    memprof_frame 0
+    xor %eax, %eax
+    mov %rax, {FRAME_OUT}(%rsp)
+    mov %rax, {FRAME_OLD}(%rsp)
+    mov %rsi, %rax
+    memprof_product %rdx
+    memprof_follow_twin
+memprof_end heap_new_n
+
+# void free(void *%rdi) with a size or an alignment behind it, which for some blocks is nothing
+# but a call of another. Both cannot be told apart from outside, so that one is called for all.
+memprof_begin passing
+memprof_entry passing
+    .byte 0xe9                          # jmp, with 4 bytes of distance whatever it is
+    .long 0
+    memprof_patch {TWIN}, 4
+memprof_end passing
 
 .balign 64, 0xcc
 .globl memprof_stubs_end

@@ -31,9 +31,25 @@ pub(super) struct Flow {
     pub(super) returns: BTreeSet<u64>,
     /// Some way calls another function that is looked for, or jumps to it.
     pub(super) leads_on: bool,
+    /// The jumps that end the function, and calls, by which it surely leads on: where they are,
+    /// and to which function.
+    pub(super) passes: BTreeSet<(u64, u64)>,
     /// There are ways that cannot be followed.
     pub(super) is_unknown: bool,
 }
+
+/// How deep a function is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// Through jumps, to all of its ends.
+    Jumps,
+    /// Through calls of the file's functions, too, so deep; and not where a call has returned 0:
+    /// what a function does that runs out of memory, an allocator's `new` does by `malloc`.
+    Calls,
+}
+
+/// How many calls deep. Further down allocators set themselves up, by `new` among others.
+const MAX_CALLS: u32 = 1;
 
 impl Flow {
     /// Whether each call comes by another function that is looked for, before it returns.
@@ -71,9 +87,9 @@ impl CodeReader<'_> {
     }
 }
 
-/// Follows the function at `start` on all its ways: through jumps to other parts and to
-/// functions that end it (tail calls), not into calls; and not behind a call of or a jump to
-/// one of `others`, which are addresses of functions.
+/// Follows the function at an address on all its ways: through jumps to other parts and to
+/// functions that end it (tail calls); and not behind a call of or a jump to one of `others`,
+/// which are addresses of functions.
 ///
 /// Ways on which no block is handed out or given up are left out: of a `free`, those for a first
 /// argument of 0, where the function asks for it at its beginning; of others, those that return
@@ -82,13 +98,16 @@ pub(super) fn follow(
     file: &File,
     layout: &ElfLayout,
     linkage: &mut Linkage<'_>,
-    start: u64,
+    function: (Function, u64),
     others: &[u64],
-    function: Function,
+    depth: Depth,
 ) -> Flow {
+    let (function, start) = function;
     let is_free = function.is_free();
-    // To the others, 0 is a failure.
-    let zero_fails = !is_free && !matches!(function, Function::PosixMemalign | Function::Xallocx);
+    // To the others, 0 is a failure; all ends are wanted of those that may throw.
+    let zero_fails = !is_free
+        && !function.throws()
+        && !matches!(function, Function::PosixMemalign | Function::Xallocx);
     let mut reader = CodeReader {
         file,
         layout,
@@ -99,10 +118,12 @@ pub(super) fn follow(
     let mut seen = BTreeSet::new();
     // What was passed on the way to a `ret` that returns 0, and that `ret`.
     let mut failures: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut ways = vec![start];
-    while let Some(way) = ways.pop() {
+    let mut ways = vec![(start, 0)];
+    while let Some((way, calls)) = ways.pop() {
         let mut at = way;
         let mut is_zero_tested = false;
+        // Whether the register has what a call has returned.
+        let mut is_result = false;
         // Whether the register still has the first argument.
         let mut is_argument = is_free && way == start;
         let mut returns_zero = false;
@@ -131,9 +152,16 @@ pub(super) fn follow(
             match instruction.flow_control() {
                 FlowControl::Next => {}
                 FlowControl::Call | FlowControl::IndirectCall => {
-                    if leads_on(linkage, goal(&instruction)).0 {
-                        flow.leads_on = true;
-                        break;
+                    match leads_on(linkage, goal(&instruction)) {
+                        (true, known) => {
+                            flow.leads_on = true;
+                            flow.passes.extend(known.map(|known| (at, known)));
+                            break;
+                        }
+                        (false, Some(target)) if depth == Depth::Calls && calls < MAX_CALLS => {
+                            ways.push((target, calls + 1));
+                        }
+                        _ => {}
                     }
                 }
                 FlowControl::ConditionalBranch => {
@@ -147,18 +175,22 @@ pub(super) fn follow(
                         }
                         _ => match leads_on(linkage, Some(Goal::Code(target))) {
                             (true, _) => flow.leads_on = true,
-                            _ => ways.push(target),
+                            _ => ways.push((target, calls)),
                         },
                     }
                 }
                 FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => {
                     match leads_on(linkage, goal(&instruction)) {
-                        (true, _) => flow.leads_on = true,
-                        (false, Some(target)) => ways.push(target),
+                        (true, known) => {
+                            flow.leads_on = true;
+                            flow.passes.extend(known.map(|known| (at, known)));
+                        }
+                        (false, Some(target)) => ways.push((target, calls)),
                         (false, None) => flow.is_unknown = true,
                     }
                     break;
                 }
+                FlowControl::Return if calls > 0 => break,
                 FlowControl::Return => {
                     if returns_zero {
                         failures.extend(failing.iter().map(|&passed| (passed, at)));
@@ -174,7 +206,14 @@ pub(super) fn follow(
                     break;
                 }
             }
-            is_zero_tested = is_argument && tests_first_argument(&instruction);
+            is_zero_tested = is_argument && tests(&instruction, Register::RDI)
+                || is_result && tests(&instruction, Register::RAX);
+            let is_call = matches!(
+                instruction.flow_control(),
+                FlowControl::Call | FlowControl::IndirectCall
+            );
+            is_result = depth == Depth::Calls
+                && (is_call || is_result && !may_change(&instruction, Register::RAX));
             is_argument &= !may_change(&instruction, Register::RDI);
             if zero_fails && clears_result(&instruction) {
                 returns_zero = true;
@@ -196,11 +235,12 @@ pub(super) fn follow(
     flow
 }
 
-/// `test rdi, rdi`, which at a function's beginning asks whether its first argument is 0.
-fn tests_first_argument(instruction: &Instruction) -> bool {
+/// `test rdi, rdi`, which at a function's beginning asks whether its first argument is 0;
+/// `test rax, rax` does so of what a call has returned.
+fn tests(instruction: &Instruction, register: Register) -> bool {
     instruction.mnemonic() == Mnemonic::Test
-        && instruction.op0_register() == Register::RDI
-        && instruction.op1_register() == Register::RDI
+        && instruction.op0_register() == register
+        && instruction.op1_register() == register
 }
 
 /// `xor eax, eax`

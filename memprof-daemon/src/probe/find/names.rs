@@ -32,15 +32,25 @@ pub(super) enum Family {
     Tc,
     /// mimalloc's `mi_`.
     Mi,
+    /// C++'s `operator new` and `operator delete`: an allocator's in files that have another
+    /// family beside the C library's. Those of C++'s own library call `malloc`.
+    Cxx,
 }
 
 impl Family {
-    pub(super) const ALL: [Self; 5] = [Self::Plain, Self::Je, Self::Rjem, Self::Tc, Self::Mi];
+    pub(super) const ALL: [Self; 6] = [
+        Self::Plain,
+        Self::Je,
+        Self::Rjem,
+        Self::Tc,
+        Self::Mi,
+        Self::Cxx,
+    ];
 
     /// Whether a name of it means that function also where no other file sees it: programs
     /// have functions of their own that are called `malloc`, and none called `mi_malloc`.
     pub(super) const fn is_distinct(self) -> bool {
-        !matches!(self, Self::Plain)
+        !matches!(self, Self::Plain | Self::Cxx)
     }
 }
 
@@ -116,7 +126,7 @@ static JE: [Known; 11] = prefixed_jemalloc!(Je, "je_");
 static JE_EXTENDED: [Known; 5] = extended_jemalloc!(Je, "je_");
 static RJEM: [Known; 11] = prefixed_jemalloc!(Rjem, "_rjem_");
 static RJEM_EXTENDED: [Known; 5] = extended_jemalloc!(Rjem, "_rjem_");
-static TCMALLOC: [Known; 11] = known! { Tc, "tc_":
+static TCMALLOC: [Known; 31] = known! { Tc, "tc_":
     "malloc" Valloc,
     "malloc_skip_new_handler" Valloc,
     "calloc" Calloc,
@@ -128,10 +138,77 @@ static TCMALLOC: [Known; 11] = known! { Tc, "tc_":
     "free" Free,
     "cfree" Cfree,
     "free_sized" FreeSized,
+    "new" New,
+    "newarray" New,
+    "new_aligned" New,
+    "newarray_aligned" New,
+    "new_nothrow" Mallocx,
+    "newarray_nothrow" Mallocx,
+    "new_aligned_nothrow" Mallocx,
+    "newarray_aligned_nothrow" Mallocx,
+    "delete" Free,
+    "deletearray" Free,
+    "delete_nothrow" Free,
+    "deletearray_nothrow" Free,
+    "delete_sized" FreeSized,
+    "deletearray_sized" FreeSized,
+    "delete_aligned" FreeSized,
+    "deletearray_aligned" FreeSized,
+    "delete_aligned_nothrow" FreeSized,
+    "deletearray_aligned_nothrow" FreeSized,
+    "delete_sized_aligned" FreeAlignedSized,
+    "deletearray_sized_aligned" FreeAlignedSized,
 };
+/// C++'s: `new` and `delete`, each also of an array (`a`). The size of what is made comes first,
+/// then its alignment.
+static CXX: [Known; 20] = known! { Cxx, "_Z":
+    "nwm" New,
+    "nam" New,
+    "nwmSt11align_val_t" New,
+    "namSt11align_val_t" New,
+    "nwmRKSt9nothrow_t" Mallocx,
+    "namRKSt9nothrow_t" Mallocx,
+    "nwmSt11align_val_tRKSt9nothrow_t" Mallocx,
+    "namSt11align_val_tRKSt9nothrow_t" Mallocx,
+    "dlPv" Free,
+    "daPv" Free,
+    "dlPvRKSt9nothrow_t" Free,
+    "daPvRKSt9nothrow_t" Free,
+    "dlPvm" FreeSized,
+    "daPvm" FreeSized,
+    "dlPvSt11align_val_t" FreeSized,
+    "daPvSt11align_val_t" FreeSized,
+    "dlPvSt11align_val_tRKSt9nothrow_t" FreeSized,
+    "daPvSt11align_val_tRKSt9nothrow_t" FreeSized,
+    "dlPvmSt11align_val_t" FreeAlignedSized,
+    "daPvmSt11align_val_t" FreeAlignedSized,
+};
+/// Functions that may throw, each with one of the same file that takes the same arguments, and
+/// ignores one more, and returns 0 instead.
+static TWINS: [(&str, &str); 12] = [
+    ("_Znwm", "_ZnwmRKSt9nothrow_t"),
+    ("_Znam", "_ZnamRKSt9nothrow_t"),
+    ("_ZnwmSt11align_val_t", "_ZnwmSt11align_val_tRKSt9nothrow_t"),
+    ("_ZnamSt11align_val_t", "_ZnamSt11align_val_tRKSt9nothrow_t"),
+    ("tc_new", "tc_new_nothrow"),
+    ("tc_newarray", "tc_newarray_nothrow"),
+    ("tc_new_aligned", "tc_new_aligned_nothrow"),
+    ("tc_newarray_aligned", "tc_newarray_aligned_nothrow"),
+    ("mi_new", "mi_new_nothrow"),
+    ("mi_new_n", "mi_mallocn"),
+    ("mi_heap_alloc_new", "mi_heap_malloc"),
+    ("mi_heap_alloc_new_n", "mi_heap_mallocn"),
+];
+
+/// The function that can be called in place of `symbol`, which may throw, and cannot.
+pub(super) fn twin(symbol: &str) -> Option<&'static str> {
+    let twin = TWINS.iter().find(|(throws, _)| *throws == symbol);
+    twin.map(|&(_, twin)| twin)
+}
+
 /// mimalloc's take the size first, then an alignment, then an offset. `mi_cfree` is none: it
 /// calls `mi_free`, if the block is mimalloc's.
-static MIMALLOC: [Known; 63] = known! { Mi, "mi_":
+static MIMALLOC: [Known; 70] = known! { Mi, "mi_":
     "malloc" Valloc,
     "malloc_small" Valloc,
     "zalloc" Valloc,
@@ -168,6 +245,13 @@ static MIMALLOC: [Known; 63] = known! { Mi, "mi_":
     "free_size" FreeSized,
     "free_size_aligned" FreeAlignedSized,
     "free_aligned" FreeSized,
+    "new" New,
+    "new_aligned" New,
+    "new_nothrow" Mallocx,
+    "new_aligned_nothrow" Mallocx,
+    "new_n" NewN,
+    "heap_alloc_new" HeapNew,
+    "heap_alloc_new_n" HeapNewN,
     // The heap comes first: for the size, that is as with an alignment.
     "heap_malloc" Memalign,
     "heap_malloc_small" Memalign,
@@ -209,6 +293,7 @@ static KNOWN: LazyLock<Vec<Known>> = LazyLock::new(|| {
         &RJEM_EXTENDED,
         &TCMALLOC,
         &MIMALLOC,
+        &CXX,
     ]
     .concat()
 });
@@ -316,6 +401,15 @@ mod tests {
             let of_it = || known().iter().filter(|known| known.family == family);
             assert!(of_it().any(|known| known.function.is_free()), "{family:?}");
             assert!(of_it().any(|known| !known.function.is_free()), "{family:?}");
+        }
+        for (throws, twin) in TWINS {
+            let function = |symbol| {
+                let named = |known: &&Known| known.symbol == symbol;
+                known().iter().find(named).map(|known| known.function)
+            };
+            assert_eq!(function(throws).map(Function::throws), Some(true));
+            assert_eq!(function(twin).map(Function::throws), Some(false));
+            assert_eq!(super::twin(throws), Some(twin));
         }
         // What jemalloc has with a prefix, it has without.
         for known in JE.iter().chain(&RJEM_EXTENDED) {

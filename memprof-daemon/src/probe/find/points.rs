@@ -3,11 +3,8 @@
 
 use std::{fs::File, io, ops::RangeInclusive, os::unix::fs::FileExt as _};
 
-use memprof_common::function::Function;
-
 use super::{
-    FoundSite, Symbol,
-    flow::follow,
+    FoundSite, Symbol, flows,
     linkage::{Goal, Linkage, passes_on_to},
     names::{Known, known},
 };
@@ -209,26 +206,14 @@ pub(super) fn choose_all(
             aliases,
             code_bytes,
             point: point::choose(function, code),
+            returns: Vec::new(),
+            twin: None,
+            passes_on: Vec::new(),
         });
         codes.push((place.address, bytes));
     }
 
-    let addresses: Vec<u64> = codes.iter().map(|&(address, _)| address).collect();
-    let mut linkage = Linkage::new(file, layout);
-    for (site, &address) in sites.iter_mut().zip(&addresses) {
-        if matches!(site.function, Function::Malloc | Function::Mallocx) {
-            let others: Vec<u64> = addresses
-                .iter()
-                .copied()
-                .filter(|&a| a != address)
-                .collect();
-            let flow = follow(file, layout, &mut linkage, address, &others, site.function);
-            // As allocators that are built for debugging do.
-            if flow.leads_on {
-                site.function = Function::Valloc;
-            }
-        }
-    }
+    flows::look_into(file, layout, &mut sites, &mut codes);
 
     // All in one go: the file can be large.
     let (moved, ranges): (Vec<usize>, Vec<RangeInclusive<u64>>) = sites

@@ -28,6 +28,10 @@ fn calls() -> Vec<(Function, [u64; 3], u64)> {
         (Function::HeapCalloc, [7, 3, 50], 150),
         (Function::HeapRealloc, [7, 0, 33], 33),
         (Function::HeapReallocf, [7, 0, 33], 33),
+        (Function::New, [100, 7, 7], 100),
+        (Function::NewN, [3, 50, 7], 150),
+        (Function::HeapNew, [7, 33, 7], 33),
+        (Function::HeapNewN, [7, 3, 50], 150),
     ]
 }
 

@@ -85,6 +85,8 @@ impl Rig {
                 symbol: function.symbol(),
                 entry: displaced.address,
                 displaced,
+                // Itself: inside its own call it is not followed.
+                twin: function.throws().then_some(at as u64),
             });
         }
 
