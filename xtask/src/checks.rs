@@ -40,11 +40,12 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 27] = [
+const ONCE: [&str; 28] = [
     "config",
     "containers",
     "debuginfod",
     "go",
+    "go_daemon",
     "http_access",
     "http_limits",
     "http_metrics",

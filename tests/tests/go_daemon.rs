@@ -1,0 +1,88 @@
+//! Go programs in the daemon: windows, resets, and their end.
+
+use std::{path::Path, thread, time::Duration};
+
+use memprof_tests::{
+    Daemon, Process, Profile, Running, TempDir, daemon::eventually, http, targets::target_with,
+};
+
+/// What one round of the program allocates in `churnHere`, and frees.
+const ROUND: u64 = 20_000;
+
+fn start(dir: &TempDir) -> Running {
+    let program = target_with("heap.go", &[]);
+    let running = Running::spawn(&mut program.command(&[&dir.file("own"), "1"]));
+    running.wait_stdout(|line| line == "ready");
+    running
+}
+
+fn step(running: &mut Running) {
+    let done = || running.stdout().matches("done\n").count();
+    let before = done();
+    running.send("go");
+    eventually(|| (running.stdout().matches("done\n").count() > before).then_some(()));
+}
+
+fn send(daemon: &Daemon, method: &str, path: &str, body: &str) -> http::Response {
+    http::request_with(Path::new(&daemon.socket), method, path, body)
+}
+
+/// Fails unless it has `rounds` of the program, and all that it frees is freed.
+fn expect_rounds(process: &Process, rounds: u64) {
+    assert_eq!(process.engine, "go runtime");
+    let churned = process.leaf_totals("main.churnHere");
+    assert_eq!(
+        (churned.alloc_objects, churned.inuse_objects),
+        (rounds * ROUND, 0),
+        "{churned:?}"
+    );
+}
+
+/// Check that a profile is as new as its request, that a window has what happens in it, that
+/// after a reset only what is allocated since counts, and that the last reading stays when the
+/// program ends.
+#[test]
+fn counted_from() {
+    let dir = TempDir::new("go-daemon");
+    let mut program = start(&dir);
+    let pid = program.pid();
+    step(&mut program);
+    let daemon = Daemon::start(&dir, &[pid], &[]);
+    // Also what it did before the daemon was there.
+    expect_rounds(daemon.profile(pid).process(), 1);
+    step(&mut program);
+    expect_rounds(daemon.profile(pid).process(), 2);
+
+    let path = format!("/v1/profile?pid={pid}&seconds=2");
+    let window = thread::scope(|scope| {
+        let window = scope.spawn(|| daemon.get(&path));
+        thread::sleep(Duration::from_millis(500));
+        step(&mut program);
+        window.join().expect("an answer")
+    });
+    assert_eq!(window.status, 200);
+    assert_eq!(window.json()["schema"], "memprof.window/1");
+    let window: Profile = serde_json::from_value(window.json()).expect("a window");
+    expect_rounds(window.process(), 1);
+    let go = window.process().go.as_ref().expect("Go");
+    assert!(!go.since_start, "{go:?}");
+
+    assert_eq!(send(&daemon, "POST", "/v1/reset", "").status, 200);
+    let profile = daemon.profile(pid);
+    expect_rounds(profile.process(), 0);
+    let totals = profile.process().totals();
+    assert!(
+        totals.alloc_objects == 0 && totals.inuse_objects > 0,
+        "what is held stays in use: {totals:?}"
+    );
+    step(&mut program);
+    expect_rounds(daemon.profile(pid).process(), 1);
+
+    program.close_stdin();
+    program.finish().expect_code(0);
+    let profile = daemon.profile_when(pid, |profile| profile.process().exited);
+    expect_rounds(profile.process(), 1);
+    let go = profile.process().go.as_ref().expect("Go");
+    assert!(go.age_s.is_some(), "{go:?}");
+    daemon.stop();
+}
