@@ -307,7 +307,7 @@ pub(super) fn known() -> &'static [Known] {
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Name {
-    /// A place in [`known`].
+    /// A place in [`known()`].
     Function(usize),
     LoaderMark,
 }
