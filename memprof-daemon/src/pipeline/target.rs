@@ -12,7 +12,7 @@ use memprof_common::{
     unwind::table::MappingList,
 };
 use thiserror::Error;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, task::AbortHandle};
 
 use super::{
     install::Holder,
@@ -295,6 +295,16 @@ impl State {
     }
 }
 
+/// A task that ends when nobody has this any more.
+#[derive(Debug)]
+pub(super) struct Watching(pub(super) AbortHandle);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// A site as it is probed.
 pub(super) fn probed_site(module: &AllocatorModule, found: &FoundSite, number: u16) -> Site {
     Site {
@@ -388,6 +398,8 @@ pub(super) struct Target {
     pub(super) jobs: usize,
     /// It has exited while jobs were under way.
     pub(super) exit_seen: bool,
+    /// Who waits for the exit, with descriptors of the process.
+    pub(super) exit_watch: Option<Watching>,
     pub(super) since: Instant,
     pub(super) attach_time: Duration,
     pub(super) detach_time: Option<Duration>,
@@ -444,6 +456,7 @@ impl Target {
             next_site: 0,
             jobs: 0,
             exit_seen: false,
+            exit_watch: None,
             since: Instant::now(),
             attach_time: Duration::ZERO,
             detach_time: None,
@@ -493,6 +506,7 @@ impl Target {
     /// Nothing more is to come of it.
     pub(super) fn end(&mut self, losses: [u64; COUNTERS]) {
         self.state = State::Ended;
+        self.exit_watch = None;
         drop(self.end_stubs());
         self.image_bytes = 0;
         // BPF walks no stack of it any more.

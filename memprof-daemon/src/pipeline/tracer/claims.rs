@@ -14,7 +14,7 @@ use crate::{
     export::{Numbers, profile::Inherited},
     pipeline::{
         scan::{Scan, Scanner, Tables, monotonic_ns},
-        target::{Image, State, Target, TargetError},
+        target::{Image, State, Target, TargetError, Watching},
     },
     process::{
         exit::ExitWatch,
@@ -136,9 +136,10 @@ impl Tracer {
     }
 
     /// Has the exit of a process told; without a watch, it may be gone already.
-    pub(super) fn watch_exit(&self, pid: u32, serial: u64, exit: Option<ExitWatch>) {
+    /// The watch ends with what is known of the target: a process that was let go lives on.
+    pub(super) fn watch_exit(&mut self, pid: u32, serial: u64, exit: Option<ExitWatch>) {
         let myself = self.myself.clone();
-        tokio::spawn(async move {
+        let watch = tokio::spawn(async move {
             while let Err(error) = wait_for_exit(pid, exit.as_ref()).await {
                 // Out of descriptors: look again, as long as it takes.
                 warn!(
@@ -153,6 +154,9 @@ impl Tracer {
                 let _ = sender.send(Command::Exited { pid, serial }).await;
             }
         });
+        if let Some(target) = self.target_of(pid, serial) {
+            target.exit_watch = Some(Watching(watch.abort_handle()));
+        }
     }
 
     /// Whether a process is not to be traced with all others.
