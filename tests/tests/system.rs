@@ -148,7 +148,7 @@ fn before_and_after(mode: &str) {
     daemon.stop();
     for mut process in [before, after] {
         let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid())).expect("maps");
-        assert!(!maps.contains("memprof"), "{maps}");
+        assert!(!maps.contains("memprof-prefilter"), "{maps}");
         process.close_stdin();
         process.finish().expect_code(0);
     }
