@@ -228,11 +228,13 @@ impl Tracer {
                 ..before.clone()
             });
         let code = current.code.inherit();
-        debug!(
-            pid = image.pid,
-            epoch = image.epoch,
-            "the process has replaced its program"
-        );
+        let (pid, epoch) = (image.pid, image.epoch);
+        if target.is_shared {
+            // One of many.
+            debug!(pid, epoch, "the process has replaced its program");
+        } else {
+            info!(pid, epoch, "the process has replaced its program");
+        }
         let losses = self.losses(slot);
         let totals_base = self.turn_totals(image);
         let Some(target) = self.targets.get_mut(&image.pid) else {
