@@ -123,7 +123,6 @@ pub fn decode(record: &[u8]) -> Result<Sample, DecodeError> {
         }
         KIND_EXEC => {
             require(record, size_of::<ExecEvent>())?;
-            require(record, size_of::<ExecEvent>())?;
             let image = ImageId {
                 pid: reader.u32(),
                 epoch: reader.u32(),
@@ -150,7 +149,6 @@ pub fn decode(record: &[u8]) -> Result<Sample, DecodeError> {
             }))
         }
         KIND_UNKNOWN_CODE => {
-            require(record, size_of::<UnknownCodeEvent>())?;
             require(record, size_of::<UnknownCodeEvent>())?;
             let image = ImageId {
                 pid: reader.u32(),
