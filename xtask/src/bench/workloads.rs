@@ -159,6 +159,10 @@ fn time_of_child(parent: u32) -> Result<Duration> {
     let parent_exe = fs::read_link(format!("/proc/{parent}/exe"))?;
     let mut started = None;
     let mut child = None;
+    // Held once, and let go: from then on nothing but its end is looked for. Each look takes
+    // time from the program, and it runs without one by itself.
+    let mut is_let_go = false;
+    let mut was_held = false;
     while Instant::now() < deadline {
         child = child.or_else(|| child_of(parent));
         if let Some(pid) = child {
@@ -168,12 +172,15 @@ fn time_of_child(parent: u32) -> Result<Duration> {
                     let started = started.context("its start was missed")?;
                     return Ok(now - started);
                 }
+                Some(_) if is_let_go => {}
                 Some(_) => {
                     let exe = fs::read_link(format!("/proc/{pid}/exe"));
                     let is_held = is_held(pid);
                     if is_held || exe.is_ok_and(|exe| exe == parent_exe) {
                         started = Some(now);
                     }
+                    is_let_go = was_held && !is_held;
+                    was_held |= is_held;
                 }
             }
         }
