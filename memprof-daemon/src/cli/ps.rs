@@ -26,7 +26,15 @@ pub(super) struct PsArgs {
     /// How to write it
     #[arg(short = 'f', long, value_enum, default_value_t = PsFormat::Text)]
     format: PsFormat,
+
+    /// List all that have ended and are kept, not only the ten that held most at their end
+    #[arg(long)]
+    ended: bool,
 }
+
+/// So many of those that have ended are in the table unless all are asked for: with `daemon -a`
+/// there are hundreds, and most of no interest.
+const ENDED_SHOWN: usize = 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum PsFormat {
@@ -59,7 +67,8 @@ pub(super) fn run(args: &PsArgs) -> anyhow::Result<ExitCode> {
         PsFormat::Text => {
             let processes: Vec<Process> = serde_json::from_slice(&body)
                 .context("the daemon's answer is no list of processes: is it another version?")?;
-            table(&processes).into_bytes()
+            let ended = if args.ended { usize::MAX } else { ENDED_SHOWN };
+            table(&processes, ended).into_bytes()
         }
     };
     let mut out = io::stdout().lock();
@@ -81,10 +90,16 @@ const WORDS: [bool; 10] = [
     false, true, true, false, false, false, false, false, false, true,
 ];
 
-/// A line a process, those first that hold most.
-fn table(processes: &[Process]) -> String {
+/// A line a process, those first that hold most. Of those that have ended at most `ended`,
+/// and how many more there are.
+fn table(processes: &[Process], ended: usize) -> String {
     let mut processes: Vec<&Process> = processes.iter().collect();
     processes.sort_by_key(|process| (std::cmp::Reverse(process.inuse_bytes), process.pid));
+    let mut seen = 0_usize;
+    processes.retain(|process| {
+        seen += usize::from(process.state == "ended");
+        process.state != "ended" || seen <= ended
+    });
     let mut rows = vec![HEADING.map(str::to_owned)];
     rows.extend(processes.into_iter().map(row));
     let mut widths = [0; HEADING.len()];
@@ -109,6 +124,12 @@ fn table(processes: &[Process]) -> String {
         }
         text.push_str(line.trim_end());
         text.push('\n');
+    }
+    let more = seen.saturating_sub(ended);
+    if more > 0 {
+        let more = units::count(more as u64);
+        // As above.
+        let _ = writeln!(text, "and {more} that have ended (--ended lists them)");
     }
     text
 }
@@ -158,10 +179,13 @@ mod tests {
             longest_stopped_ms: 1.25,
             attach_ms: 30.0,
         };
-        let text = table(&[
-            process(7, "small", 10),
-            process(4242, "la\x1b[2Jrge", 1 << 20),
-        ]);
+        let text = table(
+            &[
+                process(7, "small", 10),
+                process(4242, "la\x1b[2Jrge", 1 << 20),
+            ],
+            0,
+        );
         let expected = [
             " PID  STATE    ENGINE     SAMPLES  IN USE  ALLOC/S  LOST  STOPPED   ATTACH  COMMAND",
             "4242  tracing  prefilter    1,234   1 MiB        -     3   1.2 ms  30.0 ms  la?[2Jrge",
@@ -169,5 +193,36 @@ mod tests {
         ];
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines, expected);
+    }
+
+    /// Check that of those that have ended the table has the ones that held most, and says how
+    /// many it leaves out.
+    #[test]
+    fn ended() {
+        let process = |pid, state: &str| Process {
+            pid,
+            comm: "x".to_owned(),
+            state: state.to_owned(),
+            engine: "uprobe".to_owned(),
+            samples: 1,
+            inuse_bytes: u64::from(pid),
+            alloc_bytes_per_s: None,
+            losses: [].into(),
+            longest_stopped_ms: 0.0,
+            attach_ms: 0.0,
+        };
+        let processes: Vec<Process> = [(1, "tracing"), (2, "ended"), (3, "ended"), (4, "ended")]
+            .map(|(pid, state)| process(pid, state))
+            .into();
+        let shown = |ended| -> Vec<String> {
+            let text = table(&processes, ended);
+            let first = |line: &str| line.split_whitespace().next().map(str::to_owned);
+            text.lines().skip(1).filter_map(first).collect()
+        };
+        assert_eq!(shown(usize::MAX), ["4", "3", "2", "1"]);
+        assert_eq!(shown(3), ["4", "3", "2", "1"]);
+        assert_eq!(shown(1), ["4", "1", "and"]);
+        let last = "and 3 that have ended (--ended lists them)\n";
+        assert!(table(&processes, 0).ends_with(last));
     }
 }
