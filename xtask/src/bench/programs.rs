@@ -67,6 +67,8 @@ struct Series {
     rounds: usize,
     /// A value a round.
     seconds: Vec<Option<f64>>,
+    /// How long the last round took, with all that belongs to it.
+    took: Duration,
 }
 
 /// The places of the rows that a program is judged by, which take part in every round.
@@ -111,6 +113,7 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
         outcome,
         rounds,
         seconds: Vec::new(),
+        took: Duration::ZERO,
     };
     let mut all = [
         one("none", How::Plain, Outcome::Measured, MOST_ROUNDS),
@@ -142,7 +145,7 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
     // memprof's count is of all calls; bpftrace's of malloc and free.
     let mut calls: BTreeMap<&'static str, u64> = BTreeMap::new();
     for round in 1..=MOST_ROUNDS {
-        let started = Instant::now();
+        let round_started = Instant::now();
         // What the machine does meanwhile grows and shrinks: who is first changes.
         let mut order: Vec<usize> = (0..all.len()).collect();
         if round % 2 == 0 {
@@ -150,6 +153,7 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
         }
         for place in order {
             let series = &mut all[place];
+            let started = Instant::now();
             let mut seconds = None;
             if series.outcome == Outcome::Measured && round <= series.rounds {
                 match workload.run(context, series.how) {
@@ -166,15 +170,19 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
                 }
             }
             series.seconds.push(seconds);
+            series.took = started.elapsed();
         }
-        let took = started.elapsed();
+        let took = round_started.elapsed();
         eprintln!(
             "  {}, round {round}: {:.1} s",
             workload.name(),
             took.as_secs_f64()
         );
         let is_known = is_judged(&all[OURS], &all[NONE]);
-        if Instant::now() + took > deadline || is_known && round >= SLOW_ROUNDS {
+        // The next one is without the tools that have had their rounds.
+        let next = all.iter().filter(|series| series.rounds > round);
+        let next: Duration = next.map(|series| series.took).sum();
+        if Instant::now() + next > deadline || is_known && round >= SLOW_ROUNDS {
             break;
         }
     }

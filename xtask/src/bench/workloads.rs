@@ -333,6 +333,9 @@ fn sqlite(context: &Context) -> Result<Candidate> {
     ))
 }
 
+/// How often Python parses its file.
+const PYTHON_REPEATS: u32 = 4;
+
 fn python(context: &Context) -> Result<Candidate> {
     let records: u32 = context.pick(60_000, 20_000);
     let mut text = String::from("[");
@@ -348,8 +351,10 @@ fn python(context: &Context) -> Result<Candidate> {
     text.push(']');
     let file = context.file("records.json");
     fs::write(&file, text)?;
+    // More than once: what is to be judged is what memprof costs a program while it runs, and
+    // a program that is over in 0.2 s also sees what it does at the start, on the other core.
     let program = format!(
-        "import json\nprint(len(json.load(open({:?}))))",
+        "import json\nfor _ in range({PYTHON_REPEATS}): print(len(json.load(open({:?}))))",
         file.display().to_string()
     );
     let name = "python3, parsing JSON";
@@ -362,7 +367,7 @@ fn python(context: &Context) -> Result<Candidate> {
     Ok(match python {
         Ok(python) => Ok(Box::new(Batch {
             name,
-            units: (f64::from(records), "records/s"),
+            units: (f64::from(records * PYTHON_REPEATS), "records/s"),
             command: vec![python, "-c".to_owned(), program],
         })),
         Err(_) => Err((name, "not installed: python3".to_owned())),
