@@ -40,7 +40,7 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 28] = [
+const ONCE: [&str; 29] = [
     "config",
     "containers",
     "debuginfod",
@@ -64,6 +64,7 @@ const ONCE: [&str; 28] = [
     "system",
     "system_filters",
     "system_rules",
+    "system_slots",
     "system_soak",
     "table_delay",
     "unwind_gdb",

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{
     args::{TraceArgs, parse_seconds, parse_wait},
+    descriptors,
     file::Source,
     listen::ListenArgs,
     names::NamesArgs,
@@ -133,6 +134,7 @@ impl DaemonArgs {
 
 pub(super) fn run(args: DaemonArgs, source: Option<Source>) -> anyhow::Result<ExitCode> {
     super::require_host()?;
+    descriptors::take_all();
     let kept = Kept::of(args.trace.options().probe_mode)?;
     let runtime = super::runtime_of({
         let kept = kept.clone();

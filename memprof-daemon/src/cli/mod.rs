@@ -6,6 +6,7 @@ mod cleanup;
 mod client;
 mod config;
 mod daemon;
+mod descriptors;
 mod dump;
 mod file;
 mod generate;

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 
 use super::{
     args::{TraceArgs, parse_seconds, parse_wait},
+    descriptors,
     names::{NamesArgs, Wait, name_last},
     output::{Output, format_for},
     rules::RuleArgs,
@@ -97,6 +98,9 @@ pub(super) struct RecordArgs {
 
 pub(super) fn run(args: RecordArgs) -> anyhow::Result<ExitCode> {
     super::require_host()?;
+    if args.command.is_empty() {
+        descriptors::take_all();
+    }
     // Before anything is traced: a mistake here must cost nothing.
     let output = Output::open(args.output.as_deref(), !args.command.is_empty())?;
     super::runtime()?.block_on(record(args, output))
