@@ -536,10 +536,10 @@ impl Tracer {
         tokio::spawn(async move {
             // It is never closed.
             let turn = jobs.acquire_owned().await;
-            tokio::task::spawn_blocking(move || {
-                job();
-                drop(turn);
-            });
+            // Not given up within the job: its thread would not be free yet for the next one,
+            // which would get a new thread.
+            let _ = tokio::task::spawn_blocking(job).await;
+            drop(turn);
         });
     }
 
