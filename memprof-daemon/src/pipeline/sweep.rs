@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use super::scan::Scanner;
+use super::scan::{Scanner, monotonic_ns};
 use crate::{
     prefilter::leftover,
     probe::find::AllocatorModule,
@@ -34,6 +34,8 @@ pub(super) struct Swept {
     pub(super) mapped_inodes: HashSet<u64>,
     /// The processes that there are.
     pub(super) pids: HashSet<u32>,
+    /// When the look began.
+    pub(super) begun_ns: u64,
     /// Who they are, if that was asked for.
     pub(super) infos: Vec<ProcessInfo>,
     /// One that has the prefilter in it, and whether that is in use.
@@ -43,7 +45,10 @@ pub(super) struct Swept {
 impl Scanner {
     /// Looks through all processes; also at who they are, if that matters.
     pub(super) fn sweep(&self, reads_infos: bool) -> Swept {
-        let mut swept = Swept::default();
+        let mut swept = Swept {
+            begun_ns: monotonic_ns(),
+            ..Swept::default()
+        };
         let mut seen: HashSet<KernelFile> = HashSet::new();
         for pid in all_pids() {
             swept.pids.insert(pid);

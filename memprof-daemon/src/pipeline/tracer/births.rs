@@ -5,7 +5,7 @@
 //! it replaces its program.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -105,6 +105,16 @@ impl Births {
         self.births.remove(&pid)
     }
 
+    /// Forgets those that are gone although nobody has told: that was lost, or came before it
+    /// was told that they were made, from another processor. `pids` are all that there were
+    /// at a moment.
+    pub(super) fn forget_gone(&mut self, pids: &HashSet<u32>, at_ns: u64) {
+        let ended: HashSet<u32> = self.ended.iter().map(|&(_, pid)| pid).collect();
+        self.births.retain(|pid, birth| {
+            birth.since_ns >= at_ns || pids.contains(pid) || ended.contains(pid)
+        });
+    }
+
     /// Forgets those that ended without a call.
     pub(super) fn forget_ended(&mut self) {
         while let Some(&(at, pid)) = self.ended.front()
@@ -158,6 +168,22 @@ mod tests {
             (Some("ls"), Some("/bin/ls"))
         );
         assert!(births.take(4).is_none());
+    }
+
+    /// Check that one whose end was told before its beginning is forgotten, and none that
+    /// there is, that is new, or of which a call may yet be told.
+    #[test]
+    fn gone() {
+        let mut births = Births::default();
+        births.exit(2);
+        births.fork(2, 1, 10);
+        births.fork(3, 1, 10);
+        births.fork(4, 1, 10);
+        births.exit(4);
+        births.fork(5, 1, 20);
+        births.forget_gone(&[1, 3].into(), 20);
+        let left: HashSet<u32> = births.births.keys().copied().collect();
+        assert_eq!(left, [3, 4, 5].into());
     }
 
     /// Check that it does not grow without end.

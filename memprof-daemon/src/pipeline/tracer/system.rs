@@ -189,6 +189,7 @@ impl Tracer {
         if let Some(system) = &mut self.system {
             system.is_sweeping = false;
             system.let_go.retain(|pid, _| swept.pids.contains(pid));
+            system.births.forget_gone(&swept.pids, swept.begun_ns);
         }
         if !self.is_shared() {
             // The rules were others when it began.
