@@ -41,6 +41,10 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
                 "{} of which the free was not seen: the address was handed out again",
                 what("block")
             ),
+            "stacks_full" => format!(
+                "{} without a stack: memprof keeps as many as it can; a larger -i needs less of it",
+                what("allocation")
+            ),
             "unmatched_frees" => format!("{} told after it was found out otherwise", what("free")),
             "unsharded_calls" => format!(
                 "{} of threads beyond those that the prefilter has room for: neither counted nor sampled",

@@ -218,18 +218,34 @@ impl Ledger {
             .collect()
     }
 
-    /// Forgets the frames of stacks that are in nobody's books any more; returns which.
-    pub fn forget_unused_stacks(&mut self) -> Vec<StackKey> {
-        let used: HashSet<StackKey> = self
-            .images
+    /// The stacks that are in nobody's books any more.
+    #[must_use]
+    pub fn unused_stacks(&self) -> HashSet<StackKey> {
+        let used = self.used_stacks();
+        let known = self.traces.keys().copied();
+        known.filter(|stack| !used.contains(stack)).collect()
+    }
+
+    /// Forgets the frames of those of `stacks` that are in nobody's books; returns the others.
+    pub fn forget_unused_stacks(&mut self, stacks: &HashSet<StackKey>) -> Vec<StackKey> {
+        let used = self.used_stacks();
+        let (used, unused): (Vec<StackKey>, Vec<StackKey>) =
+            stacks.iter().partition(|stack| used.contains(stack));
+        for stack in unused {
+            self.traces.remove(&stack);
+        }
+        if self.traces.len() < self.traces.capacity() / 4 {
+            self.traces.shrink_to(2 * self.traces.len());
+        }
+        used
+    }
+
+    fn used_stacks(&self) -> HashSet<StackKey> {
+        self.images
             .values()
             .flat_map(ImageBooks::stacks)
             .map(|(stack, _)| stack.key)
             .chain([StackKey::UNKNOWN])
-            .collect();
-        self.traces
-            .extract_if(|stack, _| !used.contains(stack))
-            .map(|(stack, _)| stack)
             .collect()
     }
 

@@ -138,6 +138,8 @@ pub(super) struct Image {
     pub(super) info: ProcessInfo,
     pub(super) code: CodeHistory,
     pub(super) versions: StackVersions,
+    /// Samples whose stack is not kept, since too many are.
+    pub(super) unkept_stacks: u64,
     /// Where it names the code that it makes at run time, once there is such.
     pub(super) perf_map: Option<Arc<PerfMap>>,
     /// The last reading.
@@ -176,6 +178,7 @@ impl Image {
             info,
             code,
             versions: StackVersions::default(),
+            unkept_stacks: 0,
             perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
@@ -263,6 +266,7 @@ impl Image {
         *losses.entry(DropReason::CutStaleTables.name()).or_default() +=
             self.versions.stale_samples;
         self.stub_losses.add_to(&mut losses);
+        losses.insert("stacks_full", self.unkept_stacks);
         losses.insert("recovered_allocations", tally.recovered_allocations);
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);

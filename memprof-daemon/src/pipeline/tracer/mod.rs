@@ -2,7 +2,8 @@
 //!
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
-//! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
+//! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
+//! of them, `marks` counts from a moment on,
 //! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
@@ -14,6 +15,7 @@ mod births;
 mod booking;
 mod claims;
 mod config;
+mod forgetting;
 pub(super) mod golang;
 mod handle;
 mod life;
@@ -57,7 +59,7 @@ pub use self::{
     system::Everyone,
     targets::{LeaveError, Left},
 };
-use self::{handle::Command, marks::Mark, slots::Slots, system::System};
+use self::{forgetting::Stacks, handle::Command, marks::Mark, slots::Slots, system::System};
 use super::{
     prober::ProberHandle,
     scan::Scanner,
@@ -174,10 +176,7 @@ pub struct Tracer {
     totals_map: PerCpuArray<MapData, TargetTotals>,
     live_map: LiveMap,
     stack_map: HashMap<MapData, StackKey, StackRecord>,
-    /// Stacks that are in the BPF map and in the ledger.
-    learnt: Vec<StackKey>,
-    /// Known stacks at which those that nobody has are forgotten.
-    stacks_wanted: usize,
+    stacks: Stacks,
     stack_seed: u64,
     mmap_events: MmapEvents,
     mmap_alarm: Option<MmapAlarm>,
@@ -298,8 +297,7 @@ impl Tracer {
             totals_map: loaded.maps.totals,
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
-            learnt: Vec::new(),
-            stacks_wanted: targets::MANY_STACKS,
+            stacks: Stacks::default(),
             stack_seed: random_seed(),
             mmap_alarm: Some(mmap_events.alarm()?),
             mmap_rest: None,

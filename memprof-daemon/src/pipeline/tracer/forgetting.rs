@@ -1,0 +1,140 @@
+//! Forgetting what is not traced any more: processes that have ended, and the stacks that only
+//! those had. What they have counted stays in sums.
+//!
+//! Where every process is traced, a host starts a million of them a day: what is kept of each
+//! has to end.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use memprof_common::stack::StackKey;
+
+use super::{Tracer, booking::MAX_STACKS};
+use crate::pipeline::{stats::Sums, target::Target};
+
+/// As many stacks are kept, whoever's they were: to find out costs a look at all books.
+const MANY_STACKS: usize = 1 << 11;
+
+/// From one such look to the next.
+const LOOK_AT_STACKS: Duration = Duration::from_secs(10);
+
+/// Stacks that BPF and the ledger know.
+pub(super) struct Stacks {
+    /// Those that the BPF map has, as far as events have named them.
+    pub(super) in_map: HashSet<StackKey>,
+    /// How many have to be known for it to be looked which of them nobody has.
+    wanted: usize,
+    looked_at: Instant,
+    /// Those that nobody had then.
+    unused: HashSet<StackKey>,
+}
+
+impl Default for Stacks {
+    fn default() -> Self {
+        Self {
+            in_map: HashSet::new(),
+            wanted: MANY_STACKS,
+            looked_at: Instant::now(),
+            unused: HashSet::new(),
+        }
+    }
+}
+
+impl Tracer {
+    /// Forgets what is known of a process that is not traced any more, if nothing of it is
+    /// under way; what it has counted stays in the sums over all.
+    pub(super) fn forget_ended(&mut self, pid: u32) {
+        if !self.targets.get(&pid).is_some_and(Target::is_over) {
+            return;
+        }
+        if let Some(target) = self.targets.remove(&pid) {
+            self.forget(pid, &target);
+            if target.has_slot {
+                self.give_back(target.slot, target.is_leaving());
+            }
+        }
+    }
+
+    /// Forgets what ended long enough ago.
+    pub(super) fn forget_kept(&mut self) {
+        if self.options.keep_exited.is_some() {
+            self.forget_ended_long_ago();
+        }
+        self.forget_stacks();
+    }
+
+    /// Forgets the processes that ended long enough ago.
+    fn forget_ended_long_ago(&mut self) {
+        let keep = self.options.keep_exited;
+        let is_long_ago = |target: &Target| {
+            let ended = target.ended().map(|ended| ended.elapsed());
+            ended.zip(keep).is_some_and(|(ended, keep)| ended >= keep)
+        };
+        let due: Vec<u32> = self
+            .targets
+            .iter()
+            .filter(|(_, target)| !target.is_live())
+            .filter(|(_, target)| target.is_unwanted || is_long_ago(target))
+            .map(|(&pid, _)| pid)
+            .collect();
+        for pid in due {
+            self.forget_ended(pid);
+        }
+    }
+
+    /// Forgets stacks that are in nobody's books, once there may be as many of them as of
+    /// others. BPF names a stack that it has in its map, and its frames are read there when
+    /// that name is met first. So they are taken out of the map in one round, and forgotten in
+    /// the next, if no program of BPF's has named one of them meanwhile.
+    fn forget_stacks(&mut self) {
+        // What was captured is to be booked before.
+        self.drain_ring();
+        if !self.stacks.unused.is_empty() {
+            let mut unused = std::mem::take(&mut self.stacks.unused);
+            for used_again in self.ledger.forget_unused_stacks(&unused) {
+                unused.remove(&used_again);
+            }
+            for image in self.targets.values_mut().flat_map(|t| &mut t.images) {
+                image.versions.forget(&unused);
+            }
+        } else if self.ledger.known_stacks() >= self.stacks.wanted
+            && self.stacks.looked_at.elapsed() >= LOOK_AT_STACKS
+        {
+            let unused = self.ledger.unused_stacks();
+            for stack in &unused {
+                // It may be gone already, to make room.
+                let _ = self.stack_map.remove(stack);
+                self.stacks.in_map.remove(stack);
+            }
+            let used = self.ledger.known_stacks().saturating_sub(unused.len());
+            self.stacks.wanted = (2 * used).clamp(MANY_STACKS, MAX_STACKS);
+            self.stacks.looked_at = Instant::now();
+            self.stacks.unused = unused;
+        }
+    }
+
+    /// Moves what a target has counted to the sums over those that are forgotten.
+    pub(super) fn forget(&mut self, pid: u32, target: &Target) {
+        let sums = self.sums_of(target);
+        self.forgotten.add(&sums);
+        self.forgotten_targets += 1;
+        self.ledger.forget(pid);
+    }
+
+    /// What the images of a target have counted.
+    pub(super) fn sums_of(&self, target: &Target) -> Sums {
+        let losses = self.losses(target.slot);
+        let mut sums = Sums::default();
+        for image in &target.images {
+            let tally = self.ledger.tally(image.id);
+            sums.alloc_events += tally.alloc_events;
+            sums.free_events += tally.free_events;
+            for (cause, number) in image.losses(losses, &tally) {
+                *sums.losses.entry(cause).or_default() += number;
+            }
+        }
+        sums
+    }
+}
