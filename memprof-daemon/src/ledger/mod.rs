@@ -208,6 +208,11 @@ impl Ledger {
         self.images.retain(|image, _| image.pid != pid);
     }
 
+    /// Forgets the books of one image.
+    pub fn forget_image(&mut self, image: ImageId) {
+        self.images.remove(&image);
+    }
+
     /// The sampled blocks that are live in the images that `wanted` accepts.
     pub fn live_blocks(&self, wanted: impl Fn(ImageId) -> bool) -> Vec<AllocKey> {
         self.images

@@ -360,3 +360,20 @@ fn unused_stacks_are_forgotten() {
     assert_eq!(ledger.forget_unused_stacks(&unused), [X.key]);
     assert!(ledger.knows_stack(X.key));
 }
+
+/// Check that the books of one program of a process are forgotten, and the next one's are
+/// not; and that nothing is left of a process that has gone.
+#[test]
+fn replaced_programs_are_forgotten() {
+    let mut ledger = ledger();
+    let next = ImageId { pid: 7, epoch: 1 };
+    ledger.alloc(&alloc(SEVEN, 0xa, 1, 500));
+    ledger.alloc(&alloc(next, 0xa, 2, 500));
+    ledger.close(SEVEN);
+    ledger.forget_image(SEVEN);
+    assert_eq!(ledger.tally(SEVEN), EventTally::default());
+    assert_eq!(ledger.live(next), 1);
+    ledger.forget(7);
+    assert_eq!(ledger.images().count(), 0);
+    assert_eq!(ledger.unused_stacks(), [X.key, Y.key].into());
+}

@@ -10,9 +10,13 @@ use std::{
 };
 
 use memprof_common::stack::StackKey;
+use tracing::debug;
 
 use super::{Tracer, booking::MAX_STACKS};
-use crate::pipeline::{stats::Sums, target::Target};
+use crate::{
+    pipeline::{stats::Sums, target::Target},
+    sample::ImageId,
+};
 
 /// As many stacks are kept, whoever's they were: to find out costs a look at all books.
 const MANY_STACKS: usize = 1 << 11;
@@ -59,6 +63,7 @@ impl Tracer {
 
     /// Forgets what ended long enough ago.
     pub(super) fn forget_kept(&mut self) {
+        self.forget_strays();
         if self.options.keep_exited.is_some() {
             self.forget_ended_long_ago();
         }
@@ -81,6 +86,31 @@ impl Tracer {
             .collect();
         for pid in due {
             self.forget_ended(pid);
+        }
+    }
+
+    /// Forgets books that are nobody's: of samples that were told after the process, or the
+    /// program, had been forgotten or let go.
+    fn forget_strays(&mut self) {
+        let is_known = |id: ImageId| {
+            self.targets.get(&id.pid).is_some_and(|target| {
+                // Of one that is being scanned, the first is not known yet.
+                target.images.is_empty() || target.images.iter().any(|image| image.id == id)
+            })
+        };
+        let strays: Vec<ImageId> = self
+            .ledger
+            .images()
+            .filter(|image| !is_known(*image))
+            .collect();
+        for image in strays {
+            debug!(
+                pid = image.pid,
+                epoch = image.epoch,
+                "samples came too late"
+            );
+            self.empty_books(image.pid, image.epoch, false);
+            self.ledger.forget_image(image);
         }
     }
 
