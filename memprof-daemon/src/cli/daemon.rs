@@ -57,8 +57,8 @@ pub(super) struct DaemonArgs {
     #[command(flatten)]
     rules: RuleArgs,
 
-    /// Forget a process so long after its end; what it has counted stays in sums [default:
-    /// 60 with -a, else never]
+    /// Forget a process so long after its end, and a program so long after its process has
+    /// replaced it; what they have counted stays in sums [default: 60 with -a, else never]
     #[arg(long, value_name = "SECONDS", value_parser = parse_wait)]
     keep_exited: Option<Duration>,
 

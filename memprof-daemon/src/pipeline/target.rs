@@ -16,6 +16,7 @@ use tokio::{sync::oneshot, task::AbortHandle};
 
 use super::{
     install::Holder,
+    stats::Counted,
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
     tracer::golang::{GoImage, GoTarget},
@@ -377,8 +378,10 @@ pub(super) struct Target {
     /// It is let go, or has been.
     pub(super) leaving: Leaving,
     /// In the order of their epochs; the last is the present one. Empty until
-    /// scanned.
+    /// scanned. Those that were replaced long ago are forgotten.
     pub(super) images: Vec<Image>,
+    /// What those have counted that are forgotten.
+    pub(super) replaced: Counted,
     /// Its probes have been lost for good, and that was told.
     pub(super) is_lost: bool,
     /// Its probes have been lost and are being attached anew.
@@ -449,6 +452,7 @@ impl Target {
             reply,
             leaving: Leaving::default(),
             images: Vec::new(),
+            replaced: Counted::default(),
             is_lost: false,
             is_probed_anew: false,
             probed: HashSet::new(),

@@ -1,5 +1,5 @@
-//! Forgetting what is not traced any more: processes that have ended, and the stacks that only
-//! those had. What they have counted stays in sums.
+//! Forgetting what is not traced any more: processes that have ended, programs that have been
+//! replaced, and the stacks that only those had. What they have counted stays in sums.
 //!
 //! Where every process is traced, a host starts a million of them a day: what is kept of each
 //! has to end.
@@ -9,12 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use memprof_common::stack::StackKey;
+use memprof_common::{counters::COUNTERS, stack::StackKey};
 use tracing::debug;
 
-use super::{Tracer, booking::MAX_STACKS};
+use super::{Tracer, booking::MAX_STACKS, golang::GoImage};
 use crate::{
-    pipeline::{stats::Sums, target::Target},
+    pipeline::{
+        stats::{Counted, Sums},
+        target::{Image, Target},
+    },
     sample::ImageId,
 };
 
@@ -66,6 +69,7 @@ impl Tracer {
         self.forget_strays();
         if self.options.keep_exited.is_some() {
             self.forget_ended_long_ago();
+            self.forget_replaced();
         }
         self.forget_stacks();
     }
@@ -86,6 +90,49 @@ impl Tracer {
             .collect();
         for pid in due {
             self.forget_ended(pid);
+        }
+    }
+
+    /// Forgets the programs that were replaced long enough ago, of processes that go on: one
+    /// may run the next for ever.
+    fn forget_replaced(&mut self) {
+        let Some(keep) = self.options.keep_exited else {
+            return;
+        };
+        let is_due = |image: &Image| image.until().is_some_and(|until| until.elapsed() >= keep);
+        let mut due: Vec<ImageId> = Vec::new();
+        for target in self.targets.values() {
+            let replaced = target.images.len().saturating_sub(1);
+            let images = target.images.iter().take(replaced);
+            due.extend(images.filter(|image| is_due(image)).map(|image| image.id));
+        }
+        // What is not closed is so at the end of this round, and its totals are read then.
+        let is_read = |image: &ImageId| self.unconfirmed_totals.iter().all(|m| m.pid != image.pid);
+        due.retain(|image| self.ledger.is_closed(*image) && is_read(image));
+        for image in due {
+            self.forget_image(image);
+        }
+    }
+
+    /// Moves what a program has counted to the sums of its process.
+    fn forget_image(&mut self, id: ImageId) {
+        let Some(target) = self.targets.get(&id.pid) else {
+            return;
+        };
+        let Some(place) = target.images.iter().position(|image| image.id == id) else {
+            return;
+        };
+        let losses = self.losses(target.slot);
+        let counted = target
+            .images
+            .get(place)
+            .map(|image| self.counted(image, losses));
+        if let Some(target) = self.targets.get_mut(&id.pid)
+            && let Some(counted) = counted
+        {
+            target.replaced.add(&counted);
+            target.images.remove(place);
+            self.ledger.forget_image(id);
         }
     }
 
@@ -156,15 +203,47 @@ impl Tracer {
     /// What the images of a target have counted.
     pub(super) fn sums_of(&self, target: &Target) -> Sums {
         let losses = self.losses(target.slot);
-        let mut sums = Sums::default();
+        let mut sums = target.replaced.sums.clone();
         for image in &target.images {
-            let tally = self.ledger.tally(image.id);
-            sums.alloc_events += tally.alloc_events;
-            sums.free_events += tally.free_events;
-            for (cause, number) in image.losses(losses, &tally) {
-                *sums.losses.entry(cause).or_default() += number;
-            }
+            sums.add(&self.sums_of_image(image, losses));
         }
         sums
+    }
+
+    fn sums_of_image(&self, image: &Image, losses: [u64; COUNTERS]) -> Sums {
+        let tally = self.ledger.tally(image.id);
+        Sums {
+            alloc_events: tally.alloc_events,
+            free_events: tally.free_events,
+            losses: image.losses(losses, &tally),
+        }
+    }
+
+    /// What a program has counted.
+    pub(super) fn counted(&self, image: &Image, losses: [u64; COUNTERS]) -> Counted {
+        let sums = self.sums_of_image(image, losses);
+        let mut allocated = self.ledger.sum(image.id);
+        let mut samples = sums.alloc_events;
+        let exact = image.totals.exact();
+        let mut exact_bytes = exact.map(|exact| exact.calls.alloc_bytes);
+        if let Some(go) = image.go.as_ref().and_then(GoImage::target) {
+            allocated += *go.sum();
+            samples += go.sum().samples;
+            // The rate is of the time since the attach.
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "it saturates, and is not negative"
+            )]
+            let since_found = go.bytes_since_found() as u64;
+            exact_bytes = exact_bytes.map(|bytes| bytes + since_found);
+        }
+        Counted {
+            sums,
+            samples,
+            allocated,
+            exact_bytes,
+            since: Some(image.since()),
+        }
     }
 }

@@ -217,39 +217,22 @@ impl Tracer {
 
     /// What a target's books say, in short.
     fn books_of(&self, target: &Target) -> Books {
-        let mut sums = self.sums_of(target);
-        let mut allocated = StackCounters::default();
+        let losses = self.losses(target.slot);
+        let mut counted = target.replaced.clone();
+        // Of a program that was replaced nothing is in use any more.
         let mut held = StackCounters::default();
-        let mut exact_bytes = Some(0);
         for image in &target.images {
-            // Of a program that was replaced nothing is in use any more.
-            held = self.ledger.sum(image.id);
-            if let Some(go) = image.go.as_ref().and_then(GoImage::target) {
-                held += *go.sum();
-                sums.alloc_events += go.sum().samples;
-                // The rate is of the time since the attach.
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    clippy::cast_sign_loss,
-                    reason = "it saturates, and is not negative"
-                )]
-                let since_found = go.bytes_since_found() as u64;
-                exact_bytes = exact_bytes.map(|bytes| bytes + since_found);
-            }
-            allocated += held;
-            let exact = image.totals.exact();
-            exact_bytes = exact_bytes
-                .zip(exact)
-                .map(|(sum, exact)| sum + exact.calls.alloc_bytes);
+            let of_image = self.counted(image, losses);
+            held = of_image.allocated;
+            counted.add(&of_image);
         }
-        let since = target.images.first().map(Image::since);
         let until = target.images.last().and_then(Image::until);
-        let traced = since.map_or(Duration::ZERO, |since| {
+        let traced = counted.since.map_or(Duration::ZERO, |since| {
             until
                 .unwrap_or_else(Instant::now)
                 .saturating_duration_since(since)
         });
-        Books::new(sums, &allocated, &held, exact_bytes, traced)
+        Books::new(counted, &held, traced)
     }
 
     /// The sums over all targets, also those that are forgotten.
