@@ -3,24 +3,17 @@
 use std::{path::Path, thread, time::Duration};
 
 use memprof_tests::{
-    Daemon, Process, Profile, Running, TempDir, daemon::eventually, http, targets::target_with,
+    Daemon, Process, Profile, Running, TempDir,
+    golang::{start, step},
+    http,
+    targets::target_with,
 };
 
 /// What one round of the program allocates in `churnHere`, and frees.
 const ROUND: u64 = 20_000;
 
-fn start(dir: &TempDir) -> Running {
-    let program = target_with("heap.go", &[]);
-    let running = Running::spawn(&mut program.command(&[&dir.file("own"), "1"]));
-    running.wait_stdout(|line| line == "ready");
-    running
-}
-
-fn step(running: &mut Running) {
-    let done = || running.stdout().matches("done\n").count();
-    let before = done();
-    running.send("go");
-    eventually(|| (running.stdout().matches("done\n").count() > before).then_some(()));
+fn start_in(dir: &TempDir) -> Running {
+    start(&mut target_with("heap.go", &[]).command(&[&dir.file("own"), "1"]))
 }
 
 fn send(daemon: &Daemon, method: &str, path: &str, body: &str) -> http::Response {
@@ -44,7 +37,7 @@ fn expect_rounds(process: &Process, rounds: u64) {
 #[test]
 fn counted_from() {
     let dir = TempDir::new("go-daemon");
-    let mut program = start(&dir);
+    let mut program = start_in(&dir);
     let pid = program.pid();
     step(&mut program);
     let daemon = Daemon::start(&dir, &[pid], &[]);

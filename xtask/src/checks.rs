@@ -46,6 +46,7 @@ const ONCE: [&str; 29] = [
     "debuginfod",
     "go",
     "go_daemon",
+    "go_system",
     "http_access",
     "http_limits",
     "http_metrics",

@@ -49,8 +49,8 @@ pub(super) struct DaemonArgs {
     )]
     pids: Vec<u32>,
 
-    /// Trace every process, present and future, that maps a known allocator, and that
-    /// --include and --exclude let pass; none is written to unless a rule says so
+    /// Trace every process, present and future, that maps a known allocator or is a Go program,
+    /// and that --include and --exclude let pass; none is written to unless a rule says so
     #[arg(short = 'a', long)]
     all: bool,
 

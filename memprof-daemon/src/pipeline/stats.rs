@@ -46,6 +46,8 @@ pub struct Stats {
     pub unclaimed_calls: u64,
     /// Processes that were traced and have been forgotten.
     pub forgotten_processes: u64,
+    /// Go programs that were not read, since they had ended or no slot was free.
+    pub missed_go_programs: u64,
     /// Stacks that BPF named and did not hold any more.
     pub missing_stacks: u64,
     /// How stacks are walked: `auto`, `dwarf` or `fp`.
@@ -193,9 +195,9 @@ pub struct ProcessFacts {
     pub pid: u32,
     /// Name of its main thread.
     pub comm: String,
-    /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
+    /// `scanning`, `attaching`, `tracing`, `refused`, `detaching`, `detached` or `ended`.
     pub state: &'static str,
-    /// `prefilter` or `uprobe`.
+    /// `prefilter`, `uprobe` or `go runtime`.
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
     pub engine_reason: Option<String>,

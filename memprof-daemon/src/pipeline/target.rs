@@ -155,6 +155,13 @@ pub(super) struct Image {
     pub(super) stub_losses: StubLosses,
     /// The Go program that it is, if it is one.
     pub(super) go: Option<GoImage>,
+    /// It was seen to map what Go has built.
+    pub(super) maps_go: bool,
+    /// It maps an allocator.
+    pub(super) has_allocator: bool,
+    /// It was made as a copy of another process, and has its memory: if that is a Go program,
+    /// its runtime does not go on in a copy.
+    pub(super) is_copy: bool,
     /// Traced from here ...
     since: Instant,
     /// ... to here, once it has ended.
@@ -187,6 +194,9 @@ impl Image {
             engine: None,
             stub_losses: StubLosses::default(),
             go: None,
+            maps_go: false,
+            has_allocator: false,
+            is_copy: false,
             since: Instant::now(),
             until: None,
             losses_before,

@@ -100,6 +100,11 @@ impl Births {
         }
     }
 
+    /// Whether a process has its parent's memory, as far as is known.
+    pub(super) fn is_copy(&self, pid: u32) -> bool {
+        self.births.get(&pid).is_some_and(|birth| birth.is_copy)
+    }
+
     /// A process has called an allocator: what is known of it.
     pub(super) fn take(&mut self, pid: u32) -> Option<Birth> {
         self.births.remove(&pid)
@@ -157,6 +162,7 @@ mod tests {
         births.fork(4, 2, 31);
         births.exec(4, "ls".to_owned(), 40);
         births.map(&mapping(4, "/bin/ls"));
+        assert!(births.is_copy(3) && !births.is_copy(4) && !births.is_copy(5));
         let child = births.take(3).expect("the copy");
         assert_eq!(
             (child.parent, child.exe().as_deref()),

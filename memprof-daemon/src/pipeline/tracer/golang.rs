@@ -18,6 +18,7 @@ use crate::{
     golang::{Bucket, FoundGo, GoError, GoSource, Reading, counters},
     ledger::StackCounters,
     pipeline::{capture::GoCapture, target::Image},
+    process::info::ProcessInfo,
     sample::ImageId,
 };
 
@@ -26,6 +27,9 @@ const READ_EVERY: Duration = Duration::from_secs(1);
 
 /// Reading takes one part in so many of a processor's time at most.
 const SHARE: u32 = 100;
+
+/// Where many programs are read, all readings together take one part in so many.
+const SHARE_OF_ALL: u32 = 20;
 
 /// Readings of the same content after which only a change of the cycle has it read again, ...
 const SAME: u32 = 3;
@@ -38,8 +42,13 @@ const LOOKS: u32 = 10;
 pub(in crate::pipeline) enum GoImage {
     /// It can be read.
     Read(GoTarget),
-    /// It cannot, for this reason; the image's calls of `malloc` are looked at all the same.
-    Refused(String),
+    /// It cannot; the image's calls of `malloc` are looked at all the same, if it makes any.
+    Refused {
+        /// The version of the Go that built it.
+        version: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A Go program that is read.
@@ -73,7 +82,7 @@ pub(in crate::pipeline) struct GoRead {
 
 impl GoImage {
     pub(in crate::pipeline) fn new(found: FoundGo) -> Self {
-        match found {
+        match found.profile {
             Ok((source, first)) => {
                 let mut target = GoTarget {
                     source,
@@ -94,23 +103,69 @@ impl GoImage {
                 }
                 Self::Read(target)
             }
-            Err(error) => Self::Refused(error.to_string()),
+            Err(error) => Self::Refused {
+                version: found.version,
+                reason: error.to_string(),
+            },
         }
     }
 
     pub(in crate::pipeline) const fn target(&self) -> Option<&GoTarget> {
         match self {
             Self::Read(target) => Some(target),
-            Self::Refused(_) => None,
+            Self::Refused { .. } => None,
         }
+    }
+
+    /// What has it read once more.
+    pub(super) fn last_reading(
+        &self,
+        image: ImageId,
+    ) -> Option<impl FnOnce() -> GoRead + Send + 'static> {
+        let source = Arc::clone(self.target()?.source());
+        Some(move || GoRead {
+            image,
+            result: source.read(),
+            _done: None,
+        })
     }
 
     /// Why it is not read, if it is not.
     pub(in crate::pipeline) fn refusal(&self) -> Option<&str> {
         match self {
             Self::Read(_) => None,
-            Self::Refused(reason) => Some(reason),
+            Self::Refused { reason, .. } => Some(reason),
         }
+    }
+}
+
+impl Image {
+    /// It is the Go program that was found in it, if one was.
+    pub(in crate::pipeline) fn set_go(&mut self, found: Option<FoundGo>) {
+        self.go = found.filter(|_| !self.is_copy).map(GoImage::new);
+    }
+
+    /// Whether it is a Go program that calls no allocator.
+    pub(in crate::pipeline) const fn is_only_go(&self) -> bool {
+        self.go.is_some() && !self.has_allocator
+    }
+
+    /// Whether it is one of which nothing can be read.
+    pub(in crate::pipeline) fn is_refused(&self) -> bool {
+        let refusal = self.go.as_ref().and_then(GoImage::refusal);
+        refusal.is_some() && !self.has_allocator
+    }
+
+    /// Whether it has ended before what Go has built in it could be read.
+    pub(in crate::pipeline) const fn has_missed_go(&self) -> bool {
+        self.maps_go && self.go.is_none() && !self.is_copy
+    }
+
+    /// Whether it is what a process still runs in which something of Go's was found, and that is
+    /// not known of it.
+    pub(in crate::pipeline) fn lacks_go(&self, now: &ProcessInfo) -> bool {
+        let is_it = self.info.start_ticks == now.start_ticks && self.info.exe == now.exe;
+        is_it && self.go.is_none() && !self.is_copy
     }
 }
 
@@ -242,10 +297,17 @@ impl Tracer {
     pub(super) fn read_go_in_turn(&mut self) {
         let now = Instant::now();
         let mut due = Vec::new();
+        // If each was read once that is.
+        let mut round = Duration::ZERO;
         for target in self.targets.values_mut().filter(|target| target.is_live()) {
             let Some(image) = target.images.last_mut() else {
                 continue;
             };
+            if let Some(GoImage::Read(go)) = &image.go {
+                let is_quiet = go.same >= SAME;
+                let last = go.last().filter(|_| !is_quiet);
+                round += last.map_or(Duration::ZERO, |last| last.took);
+            }
             if let Some(GoImage::Read(go)) = &mut image.go
                 && !go.is_reading
                 && go.next <= now
@@ -256,6 +318,7 @@ impl Tracer {
                 due.push((image.id, Arc::clone(&go.source), look));
             }
         }
+        self.go_rest = round * SHARE_OF_ALL;
         for (image, source, look) in due {
             self.spawn_job(move || {
                 let result = match look {
@@ -308,11 +371,12 @@ impl Tracer {
             return;
         };
         let has_ended = image.ended();
+        let all_rest = self.go_rest;
         let Some(GoImage::Read(go)) = &mut image.go else {
             return;
         };
         go.is_reading = false;
-        let mut rest = READ_EVERY;
+        let mut rest = READ_EVERY.max(all_rest);
         match read.result {
             Ok(Some(reading)) => {
                 rest = rest.max(reading.took * SHARE);

@@ -121,6 +121,10 @@ impl Tracer {
         let Some(image) = target.images.last() else {
             return;
         };
+        // No stack of it is walked.
+        if image.is_only_go() {
+            return;
+        }
         let files: Vec<_> = image
             .code
             .now()

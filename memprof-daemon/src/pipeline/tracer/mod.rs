@@ -4,7 +4,8 @@
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
 //! of them, `marks` counts from a moment on,
-//! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
+//! `rules` and `manner` choose among all processes, `go_programs` finds Go programs among them,
+//! `golang` has their profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -16,9 +17,11 @@ mod booking;
 mod claims;
 mod config;
 mod forgetting;
+mod go_programs;
 pub(super) mod golang;
 mod handle;
 mod life;
+mod looked_at;
 mod manner;
 mod mappings;
 mod marks;
@@ -189,6 +192,8 @@ pub struct Tracer {
     /// Where every process is traced.
     system: Option<System>,
     last_serial: u64,
+    /// From one reading of a Go program to the next at least, since there are so many.
+    go_rest: Duration,
     /// The process whose memory is asked for next.
     memory_turn: u32,
     /// Processes that are traced with all others and are not to be.
@@ -313,6 +318,7 @@ impl Tracer {
             ),
             system,
             last_serial: 0,
+            go_rest: Duration::ZERO,
             memory_turn: 0,
             unwanted: Vec::new(),
             replaced: Vec::new(),
@@ -442,7 +448,8 @@ impl Tracer {
             Command::Considered(considered) => self.considered(considered),
             Command::Unshared => self.unshared(),
             Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
-            Command::Looked(modules) => self.share_modules(&modules),
+            Command::Looked(looked) => self.looked(looked),
+            Command::GoAttach { pid, runs, result } => self.go_taken_on(pid, runs, result),
             Command::Shared { file, result } => self.shared(file, result),
             Command::Met { pid, serial, scan } => self.met(pid, serial, scan),
             Command::SlotFree { slot, pid } => {

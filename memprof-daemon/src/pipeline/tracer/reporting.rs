@@ -64,7 +64,8 @@ impl Tracer {
                 let stacks = snapshot.remove(&image.id).unwrap_or_default();
                 let lost = image.losses(losses, &self.ledger.tally(image.id));
                 let go = image.go.as_ref().and_then(GoImage::target);
-                let is_go = go.is_some();
+                let is_only_go = image.is_only_go() && stacks.is_empty();
+                let is_read = go.is_some();
                 images.extend(go.map(|go| ImageCapture {
                     inherited: None,
                     info: image.info.clone(),
@@ -80,17 +81,18 @@ impl Tracer {
                     go: Some(basis.go(go, image)),
                     go_refusal: None,
                 }));
-                // What is not probed has no other profile.
-                if is_go && stacks.is_empty() && target.sites.is_empty() {
+                // What calls no allocator has no other profile.
+                if is_only_go && is_read {
                     continue;
                 }
                 images.push(ImageCapture {
                     info: image.info.clone(),
                     exited: image.ended(),
-                    engine: image
-                        .engine
-                        .clone()
-                        .unwrap_or_else(|| target.choice.engine()),
+                    engine: match &image.engine {
+                        _ if is_only_go => Engine::GoRuntime,
+                        Some(engine) => engine.clone(),
+                        None => target.choice.engine(),
+                    },
                     memory: image.memory,
                     go: None,
                     go_refusal: image
@@ -100,7 +102,9 @@ impl Tracer {
                         .map(str::to_owned),
                     traced: basis.traced(image),
                     inherited: image.inherited,
-                    totals: basis.totals(image, image.totals.exact()),
+                    totals: basis
+                        .totals(image, image.totals.exact())
+                        .filter(|_| !is_only_go),
                     losses: basis.losses(image, lost),
                     mappings: image.code.first().clone(),
                     perf_map: image.perf_map.clone(),
@@ -155,6 +159,10 @@ impl Tracer {
             free_slots: self.slots.free(),
             unclaimed_calls: self.slots.unclaimed_calls(),
             forgotten_processes: self.forgotten_targets,
+            missed_go_programs: self
+                .system
+                .as_ref()
+                .map_or(0, |system| system.go.missed()),
             missing_stacks: self.missing_stacks,
             unwind: self.options.unwind.name(),
             unwind_table_bytes: self.tables.bytes(),
@@ -254,9 +262,7 @@ impl Tracer {
 /// How the calls of a target's present or last program are looked at.
 fn engine_of(target: &Target) -> Engine {
     let image = target.images.last();
-    let is_go =
-        image.is_some_and(|image| image.go.as_ref().is_some_and(|go| go.target().is_some()));
-    if is_go && target.sites.is_empty() {
+    if image.is_some_and(Image::is_only_go) {
         return Engine::GoRuntime;
     }
     let engine = image.and_then(|image| image.engine.clone());

@@ -20,7 +20,7 @@ use crate::{
     causes::with_causes,
     pipeline::{
         install::Holder,
-        scan::{Scanner, monotonic_ns},
+        scan::{Scanner, Wish, monotonic_ns},
         sweep::all_pids,
         target::{Attached, Target, TargetError},
     },
@@ -43,9 +43,9 @@ pub(in crate::pipeline) struct Considered {
     begun_ns: u64,
 }
 
-/// A process that somebody had let go, and its program.
+/// A process that somebody had let go, or that could not be taken on, and its program.
 #[derive(Debug)]
-pub(super) struct LetGo {
+pub(in crate::pipeline) struct LetGo {
     start_ticks: u64,
     exe: String,
 }
@@ -269,10 +269,7 @@ impl Tracer {
         };
         one_by_one.under_way += 1;
         let (reply, answer) = oneshot::channel();
-        self.take_on(pid, mode, Holder::Nobody, reply);
-        if let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) {
-            target.is_by_rule = true;
-        }
+        self.take_on(pid, mode, Holder::Nobody, Wish::Rule, reply);
         let myself = self.myself.clone();
         tokio::spawn(async move {
             let result = answer.await.unwrap_or(Err(TargetError::Stopped));
@@ -320,7 +317,7 @@ impl Tracer {
     }
 
     /// Lets a process go that rules leave out by now.
-    fn leave_if_left_out(&mut self, pid: u32) {
+    pub(super) fn leave_if_left_out(&mut self, pid: u32) {
         let is_left_out = self.targets.get(&pid).is_some_and(|target| {
             let info = target.images.last().map(|image| &image.info);
             target.is_by_rule

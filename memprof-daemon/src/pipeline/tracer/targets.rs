@@ -21,7 +21,7 @@ use super::{
 use crate::{
     pipeline::{
         install::on_a_thread,
-        target::{State, Target},
+        target::{Image, State, Target},
     },
     prefilter::{attach::StoppedTime, error::DetachError},
     sample::ImageId,
@@ -237,6 +237,9 @@ impl Tracer {
             return;
         };
         let (slot, serial, is_shared) = (target.slot, target.serial, target.is_shared);
+        // As it is now, if it is one of Go.
+        let image = target.images.last();
+        let last_reading = image.and_then(|image| Some(image.go.as_ref()?.last_reading(image.id)));
         if is_shared {
             self.stop_sharing(pid);
         }
@@ -250,7 +253,14 @@ impl Tracer {
             } else {
                 prober.detach(slot).await
             };
+            let read = match last_reading.flatten() {
+                Some(reading) => tokio::task::spawn_blocking(reading).await.ok(),
+                None => None,
+            };
             if let Some(sender) = myself.upgrade() {
+                if let Some(read) = read {
+                    let _ = sender.send(Command::GoRead(Box::new(read))).await;
+                }
                 let _ = sender.send(Command::Left { pid, serial, time }).await;
             }
         });
@@ -319,6 +329,11 @@ impl Tracer {
 }
 
 impl Target {
+    /// Whether it is a Go program of which nothing can be read.
+    fn is_refused(&self) -> bool {
+        self.images.last().is_some_and(Image::is_refused)
+    }
+
     /// Whether it is not in the middle of being let go.
     pub(super) const fn has_settled(&self) -> bool {
         matches!(self.leaving, Leaving::No | Leaving::Left)
@@ -335,9 +350,10 @@ impl Target {
     }
 
     /// Where it is in its life, for those who ask.
-    pub(super) const fn state_name(&self) -> &'static str {
+    pub(super) fn state_name(&self) -> &'static str {
         match (&self.state, &self.leaving) {
             (State::Ended, Leaving::Left) => "detached",
+            (State::Tracing, Leaving::No) if self.is_refused() => "refused",
             (State::Tracing, Leaving::No) => State::Tracing.name(),
             (State::Tracing, _) => "detaching",
             (state, _) => state.name(),
