@@ -201,12 +201,33 @@ pub struct ProcessFacts {
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
     pub engine_reason: Option<String>,
+    /// Of a Go program.
+    pub go: Option<GoStatus>,
     /// What it has cost.
     #[serde(flatten)]
     pub cost: Cost,
     /// What its books say.
     #[serde(flatten)]
     pub books: Books,
+}
+
+/// What is told of a target that is a Go program.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GoStatus {
+    /// The version of Go that built it.
+    pub version: String,
+    /// Its `runtime.MemProfileRate`, 0 if it has turned profiling off; null if that was never
+    /// read.
+    pub mem_profile_rate: Option<u64>,
+    /// Seconds since its profile was read, or from then to its end; null if it never was.
+    pub age_s: Option<f64>,
+    /// Seconds since it has published the profile that was read, or from then to its end; null
+    /// if it has published none while memprof looked.
+    pub published_s: Option<f64>,
+    /// Why nothing of it can be read.
+    pub refusal: Option<String>,
+    /// Why the last try to read it has failed.
+    pub failure: Option<String>,
 }
 
 /// One target in `GET /v1/processes`.

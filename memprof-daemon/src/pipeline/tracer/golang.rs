@@ -17,7 +17,7 @@ use crate::{
     export::profile::GoFacts,
     golang::{Bucket, FoundGo, GoError, GoSource, Reading, counters},
     ledger::StackCounters,
-    pipeline::{capture::GoCapture, target::Image},
+    pipeline::{capture::GoCapture, stats::GoStatus, target::Image},
     process::info::ProcessInfo,
     sample::ImageId,
 };
@@ -60,6 +60,8 @@ pub(in crate::pipeline) struct GoTarget {
     last: Option<Arc<Reading>>,
     /// Bytes allocated in `first`.
     first_bytes: f64,
+    /// When its cycle was first seen to be what it is in `last`, if it was another before.
+    published: Option<Instant>,
     /// All of `last`.
     sum: StackCounters,
     /// Why the last try came to nothing.
@@ -89,6 +91,7 @@ impl GoImage {
                     first: None,
                     last: None,
                     first_bytes: 0.0,
+                    published: None,
                     sum: StackCounters::default(),
                     failure: None,
                     next: Instant::now() + READ_EVERY,
@@ -128,6 +131,21 @@ impl GoImage {
             result: source.read(),
             _done: None,
         })
+    }
+
+    /// What is told of it wherever it is.
+    pub(super) fn status(&self, ended: Option<Instant>) -> GoStatus {
+        match self {
+            Self::Read(target) => target.status(ended),
+            Self::Refused { version, reason } => GoStatus {
+                version: version.clone(),
+                mem_profile_rate: None,
+                age_s: None,
+                published_s: None,
+                refusal: Some(reason.clone()),
+                failure: None,
+            },
+        }
     }
 
     /// Why it is not read, if it is not.
@@ -197,6 +215,11 @@ impl GoTarget {
         if self.last.as_ref().is_some_and(|last| last.at > reading.at) {
             return;
         }
+        // The lowest bit says whether the cycle was added to what is published.
+        let cycle_before = self.last.as_ref().map(|last| last.cycle >> 1);
+        if cycle_before.is_some_and(|before| before != reading.cycle >> 1) {
+            self.published = Some(reading.at);
+        }
         let is_same = self.last.as_ref().is_some_and(|last| {
             last.cycle == reading.cycle
                 && !reading.is_early
@@ -213,7 +236,20 @@ impl GoTarget {
         self.last = Some(Arc::new(reading));
     }
 
-    /// What is told of it.
+    fn status(&self, ended: Option<Instant>) -> GoStatus {
+        let until = ended.unwrap_or_else(Instant::now);
+        let seconds = |since: Instant| until.saturating_duration_since(since).as_secs_f64();
+        GoStatus {
+            version: self.source.program().version().to_owned(),
+            mem_profile_rate: self.last().map(|last| last.rate_bytes),
+            age_s: self.last().map(|last| seconds(last.at)),
+            published_s: self.published.map(seconds),
+            refusal: None,
+            failure: self.failure.clone(),
+        }
+    }
+
+    /// What is told of it in a profile.
     pub(super) fn facts(&self, ended: Option<Instant>, is_since_start: bool) -> GoFacts {
         let last = self.last.as_deref();
         let until = ended.unwrap_or_else(Instant::now);

@@ -159,10 +159,7 @@ impl Tracer {
             free_slots: self.slots.free(),
             unclaimed_calls: self.slots.unclaimed_calls(),
             forgotten_processes: self.forgotten_targets,
-            missed_go_programs: self
-                .system
-                .as_ref()
-                .map_or(0, |system| system.go.missed()),
+            missed_go_programs: self.system.as_ref().map_or(0, |system| system.go.missed()),
             missing_stacks: self.missing_stacks,
             unwind: self.options.unwind.name(),
             unwind_table_bytes: self.tables.bytes(),
@@ -218,6 +215,7 @@ impl Tracer {
             state: target.state_name(),
             engine: engine.name(),
             engine_reason: engine.reason().map(str::to_owned),
+            go: image.and_then(|image| Some(image.go.as_ref()?.status(image.until()))),
             cost: cost_of(target),
             books: self.books_of(target),
         }
