@@ -150,6 +150,17 @@ fn end_to_end(
     run(&mut command)
 }
 
+/// The tests of Go programs, built with one `go`.
+///
+/// # Errors
+///
+/// A test that fails.
+pub(crate) fn go(workspace: &Path, go: &Path) -> Result<()> {
+    run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
+    let go = go.to_str().context("a path in UTF-8")?;
+    end_to_end(workspace, &[("MEMPROF_GO", go)], &["go"], &[])
+}
+
 /// The tests that draw their input, for so many seconds each. A seed of each is printed:
 /// `MEMPROF_FUZZ_SEED` begins with it again.
 ///
