@@ -21,7 +21,7 @@ use crate::{
         sweep::Swept,
         target::{Attached, TargetError},
     },
-    probe::mode::ModeChoice,
+    probe::{find::FindError, mode::ModeChoice},
     process::info::{ProcessError, ProcessInfo},
 };
 
@@ -107,13 +107,15 @@ impl Tracer {
         let Some(target) = self.targets.get_mut(&info.pid) else {
             return;
         };
-        // What is under way finds it.
-        if target.jobs > 0 {
-            return;
-        }
-        let Some(image) = target.current().filter(|image| image.lacks_go(info)) else {
+        let jobs = target.jobs;
+        let Some(image) = target.current() else {
             return;
         };
+        image.maps_go |= image.info.start_ticks == info.start_ticks;
+        // What is under way finds it.
+        if jobs > 0 || !image.lacks_go(info) {
+            return;
+        }
         let image = image.id;
         target.jobs += 1;
         self.spawn_rescan(image);
@@ -181,12 +183,24 @@ impl Tracer {
     }
 }
 
+/// A process that is ending maps nothing any more.
+const fn has_no_files(error: &TargetError) -> bool {
+    match error {
+        TargetError::Find(FindError::NoAllocator { searched, .. }) => searched.is_empty(),
+        _ => false,
+    }
+}
+
 /// Whether it is too late, or there is no room: nothing about the program itself.
 const fn is_missed(error: &TargetError) -> bool {
     matches!(
         error,
         TargetError::Exited(_)
             | TargetError::TooMany(_)
-            | TargetError::Process(ProcessError::NotFound { .. } | ProcessError::Zombie { .. })
-    )
+            | TargetError::Process(
+                ProcessError::NotFound { .. }
+                    | ProcessError::Zombie { .. }
+                    | ProcessError::Io { .. }
+            )
+    ) || has_no_files(error)
 }

@@ -176,7 +176,7 @@ impl Image {
 
     /// Whether it has ended before what Go has built in it could be read.
     pub(in crate::pipeline) const fn has_missed_go(&self) -> bool {
-        self.maps_go && self.go.is_none() && !self.is_copy
+        self.maps_go && self.go.is_none()
     }
 
     /// Whether it is what a process still runs in which something of Go's was found, and that is

@@ -143,7 +143,7 @@ mod tests {
         let (unknown, go) = files.sort_out(vec![mapping(5, 7)]);
         assert!(unknown.is_empty() && go.is_empty());
         assert_eq!(learn(&mut files, 7, Some(true)), [1, 2, 5]);
-        assert_eq!(learn(&mut files, 8, Some(false)), []);
+        assert!(learn(&mut files, 8, Some(false)).is_empty());
         let (unknown, go) = files.sort_out(vec![mapping(6, 7), mapping(7, 8), mapping(6, 7)]);
         assert!(unknown.is_empty());
         assert_eq!(go.into_iter().collect::<Vec<_>>(), [6]);
@@ -156,7 +156,7 @@ mod tests {
         let mut files = LookedAt::default();
         let ask = |files: &mut LookedAt, pid| files.sort_out(vec![mapping(pid, 7)]).0.len();
         assert_eq!(ask(&mut files, 1), 1);
-        assert_eq!(learn(&mut files, 7, None), []);
+        assert!(learn(&mut files, 7, None).is_empty());
         assert_eq!(ask(&mut files, 2), 1);
         for pid in 0..2 * MAX_WAITING as u32 {
             assert_eq!(ask(&mut files, pid), 0);
