@@ -40,7 +40,7 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 29] = [
+const ONCE: &[&str] = &[
     "config",
     "containers",
     "debuginfod",
