@@ -26,8 +26,9 @@ pub struct TargetConfig {
     pub mappings: u64,
     /// ... of the program of this epoch.
     pub mappings_epoch: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Not 0 if functions of pools are probed: then a block may be one of a pool's
+    /// ([`crate::live::POOL_BLOCK`]).
+    pub pools: u32,
 }
 
 const _: () = assert!(size_of::<TargetConfig>() == 56);
@@ -86,14 +87,17 @@ const _: () = assert!(size_of::<TargetState>() == 64);
 /// The number that the kernel hands to a program with each hit of a probe.
 ///
 /// `slot` in bits 0-15, `site` in bits 16-31, the function's code in bits 32-39, where its
-/// arguments are, if its code does not say that, in bits 40-48 ([`Places`]). Bit 63 says
-/// that the probe is every process's: then there is no slot in it, and the process that hits
-/// it is looked up.
+/// arguments are, if its code does not say that, in bits 40-48 ([`Places`]). Bit 49 says that
+/// the return of a function with places is seen by a return probe. Bit 63 says that the probe
+/// is every process's: then there is no slot in it, and the process that hits it is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachCookie(pub u64);
 
 /// The bit of a probe that is every process's.
 const SHARED: u64 = 1 << 63;
+
+/// The bit of a function with [`Places`] that has a return probe.
+const RETURN_PROBE: u64 = 1 << 49;
 
 impl AttachCookie {
     /// The cookie of probe site number `site` of the target in `slot`.
@@ -139,6 +143,20 @@ impl AttachCookie {
     #[must_use]
     pub const fn places(self) -> Places {
         Places::from_bits(self.0 >> PLACES_SHIFT)
+    }
+
+    /// The same of a function whose return is seen by a return probe.
+    #[must_use]
+    pub const fn with_return_probe(self) -> Self {
+        Self(self.0 | RETURN_PROBE)
+    }
+
+    /// Whether the return is seen by a return probe, not by probes on the function's own
+    /// instructions.
+    #[must_use]
+    #[inline(always)]
+    pub const fn has_return_probe(self) -> bool {
+        self.0 & RETURN_PROBE != 0
     }
 
     /// The target's slot in the map of targets.
@@ -247,10 +265,14 @@ mod tests {
                     out: other.map(|other| REGISTER_ARGUMENTS - 1 - other),
                 };
                 let with = cookie.with_places(places);
-                assert_eq!(with.places(), places);
-                assert_eq!((with.slot(), with.site()), (0xffff, u16::MAX));
-                assert_eq!(with.function_code(), Function::New as u8);
-                assert_eq!(with.0 >> 63, 0);
+                assert!(!with.has_return_probe());
+                for with in [with, with.with_return_probe()] {
+                    assert_eq!(with.places(), places);
+                    assert_eq!((with.slot(), with.site()), (0xffff, u16::MAX));
+                    assert_eq!(with.function_code(), Function::New as u8);
+                    assert_eq!(with.0 >> 63, 0);
+                }
+                assert!(with.with_return_probe().has_return_probe());
             }
         }
     }

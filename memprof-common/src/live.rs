@@ -11,9 +11,13 @@ pub struct LiveKey {
     /// Program image of the process: BPF counts its `execve`s, so that a block of
     /// the old image is never taken for one of the new.
     pub epoch: u32,
-    /// Address the allocator returned.
+    /// Address the allocator returned; of a pool's block with [`POOL_BLOCK`].
     pub addr: u64,
 }
+
+/// Set in the address of a block of a pool, which no address has. The first block of a piece of
+/// memory that the pool has from another allocator can have the address of that.
+pub const POOL_BLOCK: u64 = 1 << 63;
 
 /// What is known of the block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

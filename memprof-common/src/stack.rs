@@ -30,7 +30,8 @@ pub struct StackRecord {
     /// Why there are no more: [`crate::unwind::walk::StackEnd`] and its flags.
     pub end: u32,
     /// Return addresses, the allocating function's caller first. Of a frame that a
-    /// signal has interrupted: one more than the instruction's address.
+    /// signal has interrupted: one more than the instruction's address. Of a pool's block the
+    /// pool's function is before all, likewise.
     pub frames: [u64; MAX_STACK_DEPTH],
 }
 

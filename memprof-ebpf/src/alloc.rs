@@ -136,7 +136,7 @@ pub(crate) fn entry(ctx: &ProbeContext, hit: &Hit) -> Return {
         call.address = old;
         // Now, not at return: another thread may be given the old address
         // before this call returns.
-        let key = hit.live_key(old);
+        let key = live::key_of(hit, old);
         if let Some(value) = live::remove(hit.slot, &key) {
             // If there is no room to keep it, a failure cannot give it back.
             if in_flight::keep_taken(thread, &TakenBlock { key, value }) {

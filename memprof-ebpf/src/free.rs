@@ -26,7 +26,7 @@ pub(crate) fn entry(ctx: &ProbeContext) {
     if !hit.may_be_nested() || !is_nested(current_thread(), hit.cookie.0, stack_pointer) {
         totals::count_free(&hit);
     }
-    let _ = live::remove(hit.slot, &hit.live_key(addr));
+    let _ = live::remove(hit.slot, &live::key_of(&hit, addr));
 }
 
 /// At the place at which a function passes its block on to another that is probed: the call

@@ -28,9 +28,10 @@ pub(crate) struct InFlightCall {
     pub(crate) size_bytes: u64,
     /// The interval that the decision was made with; 0 if not sampled.
     pub(crate) sample_interval_bytes: u64,
-    /// `posix_memalign`: where it stores the address. `realloc`: its old block.
+    /// `posix_memalign`, and others that do as it does: where it stores the address. `realloc`:
+    /// its old block.
     pub(crate) address: u64,
-    /// `CALL_*`.
+    /// `CALL_*`; of a pool's function its place from [`CALL_PLACE_SHIFT`] on.
     pub(crate) flags: u64,
     /// With [`CALL_PLACED`]: where it returns to.
     pub(crate) return_address: u64,
@@ -47,6 +48,9 @@ pub(crate) const CALL_TAKEN: u64 = 4;
 /// may throw. So what is remembered of it holds only as long as its return address is where
 /// it was.
 pub(crate) const CALL_PLACED: u64 = 8;
+
+/// The first of the bits of a pool's function's place. No address of a program has more than 56.
+pub(crate) const CALL_PLACE_SHIFT: u32 = 8;
 
 impl InFlightCall {
     /// Whether it may still be under way. Where an exception has ended it, what was called

@@ -12,10 +12,10 @@
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use memprof_common::{
     counters::DropReason,
-    live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue},
+    live::{FLAG_RESTORED, FLAG_UNSENT, LiveKey, LiveValue, POOL_BLOCK},
 };
 
-use crate::{counters::count, emit, maps::LIVE, occupancy};
+use crate::{counters::count, emit, hit::Hit, maps::LIVE, occupancy};
 
 /// Puts a block into the map; false if there is no room.
 #[inline(always)]
@@ -53,6 +53,22 @@ pub(crate) fn insert(slot: u32, key: &LiveKey, value: &mut LiveValue) {
         return;
     }
     emit::submit_alloc(event, key, value);
+}
+
+/// The block at `addr` that a function of an allocator is given. It may be one of a pool, if
+/// the pool has its blocks from that allocator, one by one.
+#[inline(always)]
+pub(crate) fn key_of(hit: &Hit, addr: u64) -> LiveKey {
+    let key = hit.live_key(addr);
+    if hit.target.pools == 0 {
+        return key;
+    }
+    let pooled = hit.live_key(addr | POOL_BLOCK);
+    // The first block of a piece of memory is not given up before that is.
+    if occupancy::may_have(&pooled) && LIVE.get_ptr(key).is_none() {
+        return pooled;
+    }
+    key
 }
 
 /// Takes a block out and tells the daemon. None if it was never sampled; else

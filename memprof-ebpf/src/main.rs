@@ -3,8 +3,8 @@
 //!
 //! Read it in the order of the data path: this file's entry points, then
 //! `alloc` (an allocating call from entry to return), `placed` (the same of functions that
-//! may throw), `free`, `site` (what the prefilter
-//! passes on of both), and what they use:
+//! may throw, and those of pools), `free`, `site` (what the prefilter passes on of both), and
+//! what they use:
 //! `hit` and `claim` (whose call it is), `totals` (what every call adds to), `in_flight`
 //! (calls between entry and return), `stack` and `unwind`, `tail_calls` (the same for old
 //! kernels), `live` (sampled blocks not yet freed) and `emit` (the ring).
@@ -153,6 +153,36 @@ pub extern "C" fn placed_return(ctx: *mut c_void) -> u32 {
 pub extern "C" fn placed_return_tail(ctx: *mut c_void) -> u32 {
     if let Some(hit) = Hit::new(ctx) {
         placed::on_return::<true>(&ProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// Return from a pool's function, where it is seen by a return probe.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn placed_exit(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::on_exit::<false>(&RetProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// As [`placed_exit`], for kernels without `bpf_loop`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+pub extern "C" fn placed_exit_tail(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::on_exit::<true>(&RetProbeContext::new(ctx), &hit);
+    }
+    0
+}
+
+/// Entry of a pool's function that gives blocks up.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub extern "C" fn placed_free(ctx: *mut c_void) -> u32 {
+    if let Some(hit) = Hit::new(ctx) {
+        placed::free(&ProbeContext::new(ctx), &hit);
     }
     0
 }

@@ -124,6 +124,7 @@ fn sampled(ctx: &ProbeContext, hit: &Hit) -> Option<(SampledBlock, Start)> {
         sp: place.wrapping_add(size_of::<SiteFrame>() as u64),
         // SAFETY: the context is valid for this program's run.
         bp: unsafe { (*ctx.regs).rbp },
+        leaf: 0,
     };
     Some((block, start))
 }

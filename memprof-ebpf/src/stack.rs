@@ -32,6 +32,8 @@ pub(crate) struct Start {
     pub(crate) ip: u64,
     pub(crate) sp: u64,
     pub(crate) bp: u64,
+    /// A frame before that, if it is not 0: the function that was called.
+    pub(crate) leaf: u64,
 }
 
 impl Start {
@@ -45,6 +47,7 @@ impl Start {
                 ip: (*ctx.regs).rip,
                 sp: (*ctx.regs).rsp,
                 bp: (*ctx.regs).rbp,
+                leaf: 0,
             }
         }
     }
@@ -246,26 +249,47 @@ pub(crate) fn ask_kernel(
     target: &TargetConfig,
     record: &mut StackRecord,
 ) -> Option<StackKey> {
-    let wanted = target.stack_depth as u64;
+    let mut wanted = target.stack_depth as u64;
     // One frame more than wanted tells whether the stack goes on.
     let mut bytes = (wanted + 1) * 8;
-    if bytes > (MAX_STACK_DEPTH * 8) as u64 {
-        bytes = (MAX_STACK_DEPTH * 8) as u64;
+    let mut depth = 0;
+    let got;
+    if start.leaf == 0 {
+        if bytes > (MAX_STACK_DEPTH * 8) as u64 {
+            bytes = (MAX_STACK_DEPTH * 8) as u64;
+        }
+        // SAFETY: `bytes` is at most the size of `frames`.
+        got = unsafe {
+            bpf_get_stack(
+                ctx,
+                record.frames.as_mut_ptr().cast(),
+                bytes as u32,
+                u64::from(BPF_F_USER_STACK),
+            )
+        };
+        record.frames[0] = start.ip;
+    } else {
+        if bytes > (MAX_STACK_DEPTH * 8 - 8) as u64 {
+            bytes = (MAX_STACK_DEPTH * 8 - 8) as u64;
+        }
+        // SAFETY: `bytes` is at most the size of `frames` without the first.
+        got = unsafe {
+            bpf_get_stack(
+                ctx,
+                record.frames.as_mut_ptr().add(1).cast(),
+                bytes as u32,
+                u64::from(BPF_F_USER_STACK),
+            )
+        };
+        record.frames[0] = start.leaf;
+        record.frames[1] = start.ip;
+        depth = 1;
+        wanted += 1;
     }
-    // SAFETY: `bytes` is at most the size of `frames`.
-    let got = unsafe {
-        bpf_get_stack(
-            ctx,
-            record.frames.as_mut_ptr().cast(),
-            bytes as u32,
-            u64::from(BPF_F_USER_STACK),
-        )
-    };
     if got < 8 {
         return None;
     }
-    record.frames[0] = start.ip;
-    let mut depth = (got as u64) / 8;
+    depth += (got as u64) / 8;
     let mut end = StackEnd::Unverified;
     if depth > wanted || depth >= MAX_STACK_DEPTH as u64 {
         end = StackEnd::Truncated;

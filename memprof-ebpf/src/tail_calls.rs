@@ -67,7 +67,8 @@ pub(crate) fn begin(ctx: *mut c_void, start: &Start, hit: &Hit, block: &SampledB
         keep(start, hit, buffer, block, key);
         return;
     }
-    let plan = unwind::begin(start, hit, buffer.walk().0);
+    let (walking, record) = buffer.walk();
+    let plan = unwind::begin(start, hit, walking, record);
     let turn = buffer.turn();
     turn.start = *start;
     turn.block = *block;

@@ -104,7 +104,7 @@ pub(crate) fn walk(
     walking: &mut Walking,
     record: &mut StackRecord,
 ) -> StackKey {
-    let plan = begin(start, hit, walking);
+    let plan = begin(start, hit, walking, record);
     let mut steps = Steps {
         walking,
         record,
@@ -122,9 +122,15 @@ pub(crate) fn walk(
     end(hit, walking, record, &plan)
 }
 
-/// Begins in the frame that the probed call returns to.
+/// Begins in the frame that the probed call returns to, or that of the function which was
+/// called. Its caller is known without a step, and is wanted in any case.
 #[inline(always)]
-pub(crate) fn begin(start: &Start, hit: &Hit, walking: &mut Walking) -> Plan {
+pub(crate) fn begin(
+    start: &Start,
+    hit: &Hit,
+    walking: &mut Walking,
+    record: &mut StackRecord,
+) -> Plan {
     let target = hit.target;
     // In this order: what the list leads to is in use when it is read, and stays as it
     // is until the count changes.
@@ -139,10 +145,17 @@ pub(crate) fn begin(start: &Start, hit: &Hit, walking: &mut Walking) -> Plan {
     let mappings = if epoch == hit.epoch { mappings } else { 0 };
     walking.walk.begin(start.ip, start.sp, start.bp);
     walking.hasher = StackHasher::new(target.stack_seed);
+    let mut most = target.stack_depth;
+    if start.leaf != 0 {
+        record.frames[0] = start.leaf;
+        walking.hasher.push(start.leaf);
+        walking.walk.depth = 1;
+        most += 1;
+    }
     Plan {
         mappings: MappingList(mappings),
         reuses,
-        most: target.stack_depth,
+        most,
         frame_pointers: u32::from(target.unwind == Unwind::Auto as u32),
     }
 }

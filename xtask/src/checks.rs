@@ -22,10 +22,11 @@ fn cargo(workspace: &Path) -> Command {
 
 /// The end-to-end tests to which it matters how probes are attached. What becomes of a
 /// sample is the same in each.
-const ABOUT_PROBES: [&str; 13] = [
+const ABOUT_PROBES: [&str; 14] = [
     "detach",
     "errors",
     "family",
+    "functions",
     "invariants",
     "limits",
     "modes",

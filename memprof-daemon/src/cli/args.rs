@@ -11,6 +11,7 @@ use memprof_common::{
     },
 };
 
+use super::pools::PoolArgs;
 use crate::{
     config::{self, parse_interval},
     filter::Filters,
@@ -72,6 +73,9 @@ pub(super) struct TraceArgs {
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_seconds)]
     attach_timeout: std::time::Duration,
 
+    #[command(flatten)]
+    pools: PoolArgs,
+
     /// How to walk stacks: auto by unwind information, and through code that has none by
     /// frame pointers; dwarf by unwind information alone; fp by frame pointers alone
     #[arg(long, value_name = "HOW", value_enum, default_value_t = UnwindChoice::Auto, env = "MEMPROF_UNWIND")]
@@ -109,8 +113,11 @@ impl From<UnwindChoice> for Unwind {
 }
 
 impl TraceArgs {
-    pub(super) fn options(&self) -> TracerOptions {
-        TracerOptions {
+    /// # Errors
+    ///
+    /// They make no sense together.
+    pub(super) fn options(&self) -> anyhow::Result<TracerOptions> {
+        Ok(TracerOptions {
             sample_interval_bytes: self.sample_interval,
             stack_depth: self.stack_depth,
             sizes: Sizes {
@@ -121,6 +128,7 @@ impl TraceArgs {
                 in_flight_entries: self.in_flight_entries,
             },
             probe_mode: self.probe,
+            pools: self.pools.pools()?,
             all: false,
             filters: Filters::default(),
             keep_exited: None,
@@ -129,7 +137,7 @@ impl TraceArgs {
             walker: self.walk,
             stack_copies: self.stack_copies.clone(),
             bpf_log: self.bpf_log,
-        }
+        })
     }
 }
 

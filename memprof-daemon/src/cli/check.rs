@@ -4,14 +4,17 @@ use std::{fmt::Write as _, process::ExitCode};
 
 use clap::Args;
 
+use super::pools::PoolArgs;
 use crate::{
     golang::{self, FoundGo, GoFiles},
     prefilter::{
         check::{check, require_untraced},
+        error::PrefilterError,
         leftover,
     },
     probe::{
         find::{AllocatorModule, Finder, FoundSite},
+        pools::Pools,
         requirements::{State, check_host},
     },
     process::{
@@ -37,11 +40,15 @@ pub(super) struct CheckArgs {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     pids: Vec<u32>,
+
+    #[command(flatten)]
+    pools: PoolArgs,
 }
 
 /// Prints each requirement and its mend, then the sites; fails if a requirement
 /// is not met.
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
+    let pools = args.pools.pools()?;
     let mut met = true;
     for requirement in check_host() {
         match requirement.state {
@@ -53,17 +60,18 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    let (files, finder) = (FileStore::default(), Finder::default());
+    let (files, finder) = (FileStore::default(), Finder::new(&pools));
     let go_files = GoFiles::default();
     for &pid in &args.pids {
         let info = ProcessInfo::read(pid)?;
         check_machine(pid)?;
         let mappings = read_mappings(pid, &files)?;
         let go = golang::find(pid, &mappings, &go_files);
+        finder.require_pools(pid, &mappings)?;
         match finder.find_all(pid, &mappings) {
             Ok(modules) => {
                 print!("\n{}", sites(pid, &info.comm, &modules));
-                println!("{}", engine(pid, &info.comm, &mappings, &modules));
+                println!("{}", engine(pid, &info.comm, &mappings, &modules, &pools));
             }
             Err(error) if go.is_none() => return Err(error.into()),
             // A Go program has no malloc, unless it uses cgo.
@@ -99,7 +107,13 @@ fn go_runtime(pid: u32, comm: &str, found: &FoundGo) -> String {
 }
 
 /// Which engine it would get, as far as that can be told without stopping it.
-fn engine(pid: u32, comm: &str, mappings: &MappingTable, modules: &[AllocatorModule]) -> String {
+fn engine(
+    pid: u32,
+    comm: &str,
+    mappings: &MappingTable,
+    modules: &[AllocatorModule],
+    pools: &Pools,
+) -> String {
     let left = match leftover::find(pid) {
         Ok(None) => None,
         Ok(Some(leftover)) if leftover.in_use => {
@@ -112,6 +126,7 @@ fn engine(pid: u32, comm: &str, mappings: &MappingTable, modules: &[AllocatorMod
     };
     // A function that is hooked already is not the file's.
     let outcome = match left {
+        _ if !pools.is_empty() => Err(PrefilterError::Pools(pools.to_string())),
         Some(left) => Ok(left),
         None => require_untraced(pid)
             .and_then(|()| check(pid, mappings, modules))
@@ -166,6 +181,14 @@ fn row(site: &FoundSite) -> [String; 4] {
     };
     if let Some(refusal) = point.refusal {
         let _ = write!(kind, ": {refusal}");
+    }
+    // How the returns of a pool's are seen is not the same for all.
+    match site.returns.len() {
+        _ if !site.function.is_pool() => {}
+        0 => kind.push_str("; return probe"),
+        returns => {
+            let _ = write!(kind, "; returns: {returns}");
+        }
     }
     [
         name,

@@ -102,7 +102,7 @@ impl DaemonArgs {
             all: self.all,
             filters: self.filters()?.unwrap_or_default(),
             keep_exited: self.keep_exited.or(self.all.then_some(KEEP_EXITED)),
-            ..self.trace.options()
+            ..self.trace.options()?
         })
     }
 
@@ -125,7 +125,7 @@ impl DaemonArgs {
     /// They make no sense.
     pub(super) fn change(&self) -> anyhow::Result<ConfigChange> {
         Ok(ConfigChange {
-            sample_interval_bytes: Some(self.trace.options().sample_interval_bytes),
+            sample_interval_bytes: Some(self.trace.options()?.sample_interval_bytes),
             filters: self.filters()?,
             ..ConfigChange::default()
         })
@@ -135,7 +135,7 @@ impl DaemonArgs {
 pub(super) fn run(args: DaemonArgs, source: Option<Source>) -> anyhow::Result<ExitCode> {
     super::require_host()?;
     descriptors::take_all();
-    let kept = Kept::of(args.trace.options().probe_mode)?;
+    let kept = Kept::of(args.trace.options()?.probe_mode)?;
     let runtime = super::runtime_of({
         let kept = kept.clone();
         // Each thread has capabilities of its own, and these begin before the main one has

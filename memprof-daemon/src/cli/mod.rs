@@ -15,6 +15,7 @@ mod log;
 mod names;
 mod notify;
 mod output;
+mod pools;
 mod privileges;
 mod ps;
 mod record;

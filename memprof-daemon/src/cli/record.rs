@@ -116,7 +116,7 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let tracer = Tracer::start(TracerOptions {
         all: args.all,
         filters: args.rules.filters()?,
-        ..args.trace.options()
+        ..args.trace.options()?
     })?;
     let service = Service {
         tracer: tracer.clone(),

@@ -16,6 +16,7 @@ use crate::{
     probe::{
         attach::FileId,
         find::{AllocatorModule, Finder},
+        pools::Pools,
     },
     process::{
         exit::ExitWatch,
@@ -54,6 +55,15 @@ pub(super) enum Wish {
     /// A rule, or that all are: a Go program that cannot be read is taken on too, so that the
     /// list says why.
     Rule,
+}
+
+/// Which of the functions of pools a process must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PoolsWanted {
+    /// Each: somebody has asked for this process and these functions.
+    All,
+    /// Those that it has.
+    Any,
 }
 
 /// A file that is held, and its table.
@@ -119,10 +129,10 @@ fn clear_leftover(pid: u32, clear: Option<Duration>) -> Result<(), TargetError> 
 }
 
 impl Scanner {
-    pub(super) fn new(tables: Arc<TableStore>) -> Self {
+    pub(super) fn new(tables: Arc<TableStore>, pools: &Pools) -> Self {
         Self {
             files: FileStore::default(),
-            finder: Finder::default(),
+            finder: Finder::new(pools),
             go_files: GoFiles::default(),
             tables,
             recent: Mutex::default(),
@@ -157,16 +167,20 @@ impl Scanner {
     /// # Errors
     ///
     /// [`TargetError`]: it is gone, cannot be traced, or has neither an allocator nor a Go
-    /// heap; or there is a
+    /// heap, or not each function that `wanted` asks for; or there is a
     /// prefilter in it that must not be taken out, or cannot be within `clear`.
     pub(super) fn scan(
         &self,
         pid: u32,
         clear: Option<Duration>,
         wish: Wish,
+        wanted: PoolsWanted,
     ) -> Result<Scan, TargetError> {
         clear_leftover(pid, clear)?;
         let scan = self.read(pid, Tables::Made, |mappings, go| {
+            if wanted == PoolsWanted::All {
+                self.finder.require_pools(pid, mappings)?;
+            }
             let error = match self.finder.find_all(pid, mappings) {
                 Ok(modules) => return Ok(modules),
                 Err(error) => error,

@@ -328,6 +328,7 @@ pub(super) fn probed_site(module: &AllocatorModule, found: &FoundSite, number: u
         function: found.function,
         symbol: found.symbol,
         number,
+        places: found.places,
         returns: found.returns.clone(),
         passes_on: found.passes_on.clone(),
     }

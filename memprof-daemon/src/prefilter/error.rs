@@ -27,6 +27,9 @@ pub enum PrefilterError {
     /// The command cannot be made to do calls where it is held.
     #[error("the command begins as no program of a known C library does")]
     UnknownStart,
+    /// Functions are to be traced that the prefilter has no stubs for.
+    #[error("functions named by --function are traced by uprobes: {0}")]
+    Pools(String),
     /// A function cannot be hooked.
     #[error(transparent)]
     Hook(#[from] HookError),

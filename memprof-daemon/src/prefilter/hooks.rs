@@ -77,6 +77,9 @@ pub enum Refusal {
     /// It may throw through a stub that has called it.
     #[error("it may throw, and its file has no other that does the same and does not")]
     Throws,
+    /// The user has named it.
+    #[error("it is named by --function")]
+    Pool,
     /// It is not in the file's code.
     #[error("it is not in the file's code")]
     NotInCode,
@@ -211,6 +214,9 @@ fn hook(
     bias: u64,
     read: &mut impl FnMut(u64, &mut [u8]) -> io::Result<()>,
 ) -> Result<(u64, Hook), Refusal> {
+    if site.function.is_pool() {
+        return Err(Refusal::Pool);
+    }
     let address = layout.code_address(site.file_offset);
     let address = address.ok_or(Refusal::NotInCode)?.0.wrapping_add(bias);
     let code = module.code(site).map_err(Refusal::Unreadable)?;

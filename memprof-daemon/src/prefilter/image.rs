@@ -392,6 +392,8 @@ const fn template(hook: &Hook, nests: MallocNests) -> Template {
             Function::Free | Function::Cfree | Function::FreeSized | Function::FreeAlignedSized,
             _,
         ) => Template::Free,
+        // They are never hooked.
+        (Function::Pool | Function::PoolFree, _) => Template::Free,
     }
 }
 

@@ -12,7 +12,11 @@ use std::{
 };
 
 use aya::Ebpf;
-use memprof_common::{config::AttachCookie, function::Function, prefilter::SiteKind};
+use memprof_common::{
+    config::{AttachCookie, Places},
+    function::Function,
+    prefilter::SiteKind,
+};
 use thiserror::Error;
 
 use super::{
@@ -37,7 +41,10 @@ pub struct Site {
     pub symbol: &'static str,
     /// Number of the site within its target.
     pub number: u16,
-    /// Of a function that may throw: where in the file it returns.
+    /// Where its arguments are, if it is probed by that.
+    pub places: Option<Places>,
+    /// Of a function that may throw, and of a pool's: where in the file it returns. If a pool's
+    /// has none, it has a return probe.
     pub returns: Vec<FileOffset>,
     /// Of a function that gives blocks up: where it passes one on to another.
     pub passes_on: Vec<FileOffset>,
@@ -49,13 +56,32 @@ impl Site {
             Owner::Target { slot, .. } => AttachCookie::new(slot, self.number, self.function),
             Owner::Everyone => AttachCookie::shared(self.number, self.function),
         };
-        let cookie = match self.function.places() {
+        let cookie = match self.places {
             Some(places) => cookie.with_places(places),
             None => cookie,
+        };
+        let cookie = match self.has_return_probe() {
+            true => cookie.with_return_probe(),
+            false => cookie,
         };
         Place {
             file_offset: file_offset.0,
             cookie: cookie.0,
+        }
+    }
+
+    /// Whether it is a pool's whose returns are not known.
+    const fn has_return_probe(&self) -> bool {
+        self.function.is_pool() && self.returns.is_empty()
+    }
+
+    /// Where in the file the probes for an event go.
+    fn offsets(&self, event: Event) -> Vec<FileOffset> {
+        match event {
+            Event::PassesOn => self.passes_on.clone(),
+            Event::PlacedReturn => self.returns.clone(),
+            Event::PlacedExit if !self.has_return_probe() => Vec::new(),
+            _ => vec![self.file_offset],
         }
     }
 
@@ -143,6 +169,7 @@ struct Links {
     alloc_entries: Vec<Link>,
     alloc_returns: Vec<Link>,
     free_entries: Vec<Link>,
+    free_returns: Vec<Link>,
 }
 
 impl Links {
@@ -150,6 +177,21 @@ impl Links {
         self.alloc_entries.extend(more.alloc_entries);
         self.alloc_returns.extend(more.alloc_returns);
         self.free_entries.extend(more.free_entries);
+        self.free_returns.extend(more.free_returns);
+    }
+
+    /// Those for an event of functions that give blocks up and hand none out, or of others.
+    const fn of(&mut self, event: Event, gives_up: bool) -> &mut Vec<Link> {
+        let is_return = matches!(
+            event,
+            Event::AllocReturn | Event::PlacedReturn | Event::PlacedExit
+        );
+        match (gives_up, is_return) {
+            (true, true) => &mut self.free_returns,
+            (true, false) => &mut self.free_entries,
+            (false, true) => &mut self.alloc_returns,
+            (false, false) => &mut self.alloc_entries,
+        }
     }
 }
 
@@ -248,36 +290,32 @@ impl Prober {
         let (frees, mut allocs): (Vec<&Site>, Vec<&Site>) =
             sites.iter().partition(|site| site.function.is_free());
         allocs.sort_by_key(|site| !site.reallocates());
-        let (placed, allocs): (Vec<&Site>, Vec<&Site>) = allocs
-            .into_iter()
-            .partition(|site| site.function.places().is_some());
-        for (event, sites) in [
-            (Event::FreeEntry, &frees),
-            (Event::PassesOn, &frees),
-            (Event::AllocReturn, &allocs),
-            (Event::PlacedReturn, &placed),
-            (Event::AllocEntry, &allocs),
-            (Event::PlacedEntry, &placed),
+        let is_placed = |site: &&Site| site.places.is_some();
+        let (placed_frees, frees): (Vec<&Site>, Vec<&Site>) =
+            frees.into_iter().partition(is_placed);
+        let (placed, allocs): (Vec<&Site>, Vec<&Site>) = allocs.into_iter().partition(is_placed);
+        for (event, sites, gives_up) in [
+            (Event::FreeEntry, &frees, true),
+            (Event::PassesOn, &frees, true),
+            (Event::PlacedReturn, &placed_frees, true),
+            (Event::PlacedExit, &placed_frees, true),
+            (Event::PlacedFree, &placed_frees, true),
+            (Event::AllocReturn, &allocs, false),
+            (Event::PlacedReturn, &placed, false),
+            (Event::PlacedExit, &placed, false),
+            (Event::AllocEntry, &allocs, false),
+            (Event::PlacedEntry, &placed, false),
         ] {
-            let links = match event {
-                Event::AllocReturn | Event::PlacedReturn => &mut links.alloc_returns,
-                Event::AllocEntry | Event::PlacedEntry => &mut links.alloc_entries,
-                _ => &mut links.free_entries,
-            };
+            let links = links.of(event, gives_up);
             let mut files: BTreeMap<&Path, Vec<&Site>> = BTreeMap::new();
             for &site in sites {
                 files.entry(&site.path).or_default().push(site);
             }
             for (path, sites) in files {
-                let within = |site: &Site| match event {
-                    Event::PassesOn => site.passes_on.clone(),
-                    Event::PlacedReturn => site.returns.clone(),
-                    _ => vec![site.file_offset],
-                };
                 let mut places: Vec<Place> = sites
                     .iter()
                     .flat_map(|site| {
-                        let offsets = within(site).into_iter();
+                        let offsets = site.offsets(event).into_iter();
                         offsets.map(|offset| site.place_at(owner, offset))
                     })
                     .collect();
@@ -404,6 +442,7 @@ fn detach_links(links: Links) {
     detach_batch(links.alloc_entries);
     detach_batch(links.alloc_returns);
     detach_batch(links.free_entries);
+    detach_batch(links.free_returns);
 }
 
 fn detach_batch(mut links: Vec<Link>) {

@@ -6,24 +6,26 @@ use std::{
     fs::File,
     io,
     ops::RangeInclusive,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::fd::AsRawFd,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use memprof_common::function::Function;
+use memprof_common::{config::Places, function::Function};
 use object::elf;
 
-use super::point::ProbePoint;
+use super::{point::ProbePoint, pools::Pools};
 use crate::{
-    address::{FileOffset, VirtOffset},
+    address::FileOffset,
     process::{
-        elf::{ElfError, ElfLayout, Fields, SymbolTable},
+        elf::{ElfError, ElfLayout},
         mapping::{MappedFile, MappingTable},
         state::FileState,
     },
 };
 
+mod catalog;
+mod definitions;
 mod flow;
 mod flows;
 mod linkage;
@@ -31,18 +33,11 @@ mod names;
 mod points;
 mod standalone;
 
-use names::{Family, Name, find_names, known};
-use points::Place;
-use standalone::is_standalone;
+use catalog::Catalog;
+use definitions::{Definitions, Symbol, for_each_chunk, for_each_symbol};
 
-/// Of a symbol table and of its names, what lies beyond is not read: the largest
-/// programs have a tenth of it, and a sparse file can claim any size.
-const MAX_TABLE_BYTES: u64 = 1 << 30;
 /// Files are read in pieces of this size.
 const CHUNK_BYTES: usize = 256 << 10;
-const SYMBOL_BYTES: usize = 24;
-/// A hostile file can define the same function over and over.
-const MAX_MATCHES: usize = 1024;
 /// Results kept; a host maps some thousand different files.
 const MAX_CACHED: usize = 1 << 14;
 
@@ -61,6 +56,46 @@ pub enum FindError {
         /// What was searched.
         searched: Vec<PathBuf>,
     },
+    /// None of its files has a function that the user has named.
+    #[error(
+        "pid {pid} has no function `{symbol}`, which --function or --free-function names: no \
+         such symbol in {}",
+        list(searched)
+    )]
+    NoFunction {
+        /// The process.
+        pid: u32,
+        /// The function.
+        symbol: &'static str,
+        /// What was searched.
+        searched: Vec<PathBuf>,
+    },
+    /// Such a function is there, and cannot be probed.
+    #[error("pid {pid}: `{symbol}` in {}: {refusal}", path.display())]
+    Refused {
+        /// The process.
+        pid: u32,
+        /// The function.
+        symbol: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        refusal: PoolRefusal,
+    },
+}
+
+/// Why a function that the user has named is not probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PoolRefusal {
+    /// Its returns are not known, and it may throw.
+    #[error(
+        "not all instructions at which it returns are known, and it may throw: with a return \
+         probe that would end the process"
+    )]
+    MayThrow,
+    /// The loader chooses it.
+    #[error("the file chooses it at run time")]
+    Indirect,
 }
 
 fn list(paths: &[PathBuf]) -> String {
@@ -89,9 +124,12 @@ pub struct FoundSite {
     /// How many bytes from there on are the function's, as far as is known: the first
     /// thousands.
     pub code_bytes: u64,
+    /// Where its arguments are, if it is probed by that.
+    pub places: Option<Places>,
     /// The instruction to probe it on.
     pub point: ProbePoint,
-    /// Of a function that may throw: the instructions at which it returns.
+    /// Of a function that may throw, and of a pool's: the instructions at which it returns. If a
+    /// pool's has none, it has a return probe.
     pub returns: Vec<FileOffset>,
     /// A function of the file that does the same, and is counted itself or cannot throw: what
     /// one that may throw has beside it, and where one that gives blocks up passes them on to.
@@ -186,10 +224,75 @@ pub(crate) fn ranges_with_symbols(
 /// Finds allocators, and remembers what it found in each file.
 #[derive(Debug, Default)]
 pub struct Finder {
+    catalog: Catalog,
     cache: Mutex<HashMap<FileState, Arc<Definitions>>>,
 }
 
+/// Whether memprof knows a function of an allocator by that name.
+pub(super) fn is_known(symbol: &str) -> bool {
+    names::is_known(symbol)
+}
+
 impl Finder {
+    /// One that finds functions of pools, too.
+    #[must_use]
+    pub fn new(pools: &Pools) -> Self {
+        Self {
+            catalog: Catalog::new(pools),
+            cache: Mutex::default(),
+        }
+    }
+
+    /// Whether functions of pools are looked for.
+    #[must_use]
+    pub fn has_pools(&self) -> bool {
+        self.catalog.pools().next().is_some()
+    }
+
+    /// Fails unless some file of `mappings`, which are those of `pid`, has each function of a
+    /// pool.
+    ///
+    /// # Errors
+    ///
+    /// The first that is missing, or cannot be probed.
+    pub fn require_pools(&self, pid: u32, mappings: &MappingTable) -> Result<(), FindError> {
+        if !self.has_pools() {
+            return Ok(());
+        }
+        let files = mappings.files();
+        let read = |file: &&Arc<MappedFile>| {
+            let definitions = self.definitions(file, file.file.as_ref()?).ok()?;
+            Some((file.path.clone(), definitions))
+        };
+        let all: Vec<_> = files.iter().filter_map(|file| read(&file)).collect();
+        for &names::Known { symbol, .. } in self.catalog.pools() {
+            let has_it = |(_, definitions): &(_, Arc<Definitions>)| {
+                definitions.sites.iter().any(|site| site.is_called(symbol))
+            };
+            if all.iter().any(has_it) {
+                continue;
+            }
+            let refused = all.iter().find_map(|(path, definitions)| {
+                let refusal = definitions.refusal(symbol)?;
+                Some((path.clone(), refusal))
+            });
+            return Err(match refused {
+                Some((path, refusal)) => FindError::Refused {
+                    pid,
+                    symbol,
+                    path,
+                    refusal,
+                },
+                None => FindError::NoFunction {
+                    pid,
+                    symbol,
+                    searched: files.iter().map(|file| file.path.clone()).collect(),
+                },
+            });
+        }
+        Ok(())
+    }
+
     /// The allocators among the files of `mappings`, which are those of `pid`.
     ///
     /// # Errors
@@ -235,7 +338,7 @@ impl Finder {
         if let Some(known) = lock().get(&key) {
             return Ok(Arc::clone(known));
         }
-        let read = Arc::new(Definitions::read(open)?);
+        let read = Arc::new(Definitions::read(open, &self.catalog)?);
         if !read.indirect.is_empty() {
             let (path, functions) = (file.path.display(), &read.indirect);
             tracing::warn!(%path, ?functions, "not probed: the file chooses them at run time");
@@ -243,6 +346,10 @@ impl Finder {
         if !read.ambiguous.is_empty() {
             let (path, functions) = (file.path.display(), &read.ambiguous);
             tracing::warn!(%path, ?functions, "not probed: the file has several of that name");
+        }
+        for (symbol, refusal) in &read.refused {
+            let path = file.path.display();
+            tracing::warn!(%path, symbol, "not probed: {refusal}");
         }
         let mut cache = lock();
         if cache.len() >= MAX_CACHED {
@@ -253,180 +360,8 @@ impl Finder {
     }
 }
 
-/// The functions that a file defines.
-#[derive(Debug, Default)]
-struct Definitions {
-    sites: Vec<FoundSite>,
-    indirect: Vec<&'static str>,
-    /// Functions that several of its parts define, each for itself.
-    ambiguous: Vec<&'static str>,
-}
-
-impl Definitions {
-    fn is_allocator(&self) -> bool {
-        !self.sites.is_empty()
-    }
-
-    fn read(file: &File) -> Result<Self, ElfError> {
-        let layout = ElfLayout::read(file)?;
-        let mut found = Self::default();
-        let mut is_loader = false;
-        // All, then in order of place and of names.
-        let mut places: Vec<Place> = Vec::new();
-        // Of symbols that no other file can see.
-        let mut local: Vec<Place> = Vec::new();
-        let is_standalone = is_standalone(file)?;
-        for table in &layout.symbol_tables {
-            let names = find_names(file, table)?;
-            if names.is_empty() {
-                continue;
-            }
-            for_each_symbol(file, table, |symbol| {
-                let order = match names.get(&symbol.name) {
-                    Some(Name::LoaderMark) => {
-                        is_loader |= symbol.defined;
-                        return;
-                    }
-                    Some(Name::Function(order)) => *order,
-                    None => return,
-                };
-                let Some(known) = known().get(order) else {
-                    return;
-                };
-                let is_function = symbol.kind == elf::STT_FUNC.0;
-                if symbol.defined && is_function && places.len() <= MAX_MATCHES {
-                    places.extend(Place::of(&layout, symbol, order));
-                }
-                let counts_locally = is_standalone || known.family.is_distinct();
-                if symbol.is_local && is_function && counts_locally && local.len() <= MAX_MATCHES {
-                    local.extend(Place::of(&layout, symbol, order));
-                }
-                if symbol.defined
-                    && symbol.kind == elf::STT_GNU_IFUNC.0
-                    && !found.indirect.contains(&known.symbol)
-                {
-                    found.indirect.push(known.symbol);
-                }
-            })?;
-        }
-        if places.len().max(local.len()) > MAX_MATCHES {
-            return Err(ElfError::Malformed("the same functions too often"));
-        }
-        let ambiguous = points::add_local(&mut places, local);
-        let families = whole_families(&places, is_loader);
-        places.retain(|place| families.contains(&place.known().family));
-        let starts = points::starts(places);
-        found.sites = points::choose_all(file, &layout, starts)?;
-        let is_whole = |symbol: &&str| {
-            let known = known().iter().find(|known| known.symbol == *symbol);
-            known.is_some_and(|known| families.contains(&known.family))
-        };
-        found.indirect.retain(is_whole);
-        found.ambiguous = ambiguous;
-        Ok(found)
-    }
-}
-
-/// Of which families `places` has an allocator.
-///
-/// Before glibc 2.31 its loader exports a `malloc` of its own, for use until the C library's
-/// is there: without memalign's kin, unlike musl's loader, which is the C library.
-fn whole_families(places: &[Place], is_loader: bool) -> Vec<Family> {
-    let defines = |family: Family, is_it: &dyn Fn(&names::Known) -> bool| {
-        let mut known = places.iter().map(Place::known);
-        known.any(|known| known.family == family && is_it(known))
-    };
-    let is_whole = |family: &Family| match family {
-        // Beside it, one that no wrapper of `malloc` has.
-        Family::Cxx => {
-            let extended = |known: &names::Known| known.symbol == "mallocx";
-            defines(Family::Plain, &extended)
-                || Family::ALL
-                    .iter()
-                    .any(|family| family.is_distinct() && defines(*family, &|_| true))
-        }
-        Family::Plain => {
-            let named = |symbol| move |known: &names::Known| known.symbol == symbol;
-            defines(*family, &named("malloc"))
-                && defines(*family, &named("free"))
-                && (!is_loader || defines(*family, &named("posix_memalign")))
-        }
-        // Linkers leave out what a program does not call.
-        _ => {
-            defines(*family, &|known| known.function.is_free())
-                && defines(*family, &|known| !known.function.is_free())
-        }
-    };
-    Family::ALL.into_iter().filter(is_whole).collect()
-}
-
-/// What is used of a symbol.
-struct Symbol {
-    name: u32,
-    kind: u8,
-    address: VirtOffset,
-    size: u64,
-    /// Visible to other files, and has a place in this one. The entry of an
-    /// imported function in an executable can have a value too, its PLT stub's,
-    /// but has no section.
-    defined: bool,
-    /// Visible in this file alone, and has a place in it.
-    is_local: bool,
-}
-
-fn for_each_symbol(
-    file: &File,
-    table: &SymbolTable,
-    mut on_symbol: impl FnMut(&Symbol),
-) -> Result<(), ElfError> {
-    let chunk_bytes = CHUNK_BYTES / SYMBOL_BYTES * SYMBOL_BYTES;
-    for_each_chunk(file, table.offset, table.size, chunk_bytes, |chunk| {
-        for symbol in chunk.chunks_exact(SYMBOL_BYTES).map(Fields) {
-            let (info, section, value) = (symbol.u8(4), symbol.u16(6), symbol.u64(8));
-            let binding = info >> 4;
-            let has_place = section != elf::SHN_UNDEF.0 && value != 0;
-            on_symbol(&Symbol {
-                name: symbol.u32(0),
-                kind: info & 0xf,
-                address: VirtOffset(value),
-                size: symbol.u64(16),
-                defined: (binding == elf::STB_GLOBAL.0 || binding == elf::STB_WEAK.0) && has_place,
-                is_local: binding == elf::STB_LOCAL.0 && has_place,
-            });
-        }
-    })
-}
-
-/// Reads a part of a file piece by piece. The part may end before it says it
-/// does.
-fn for_each_chunk(
-    file: &File,
-    start: FileOffset,
-    size: u64,
-    chunk_bytes: usize,
-    mut on_chunk: impl FnMut(&[u8]),
-) -> Result<(), ElfError> {
-    let mut buffer = vec![0; chunk_bytes];
-    let mut at = start.0;
-    let mut left = size.min(MAX_TABLE_BYTES);
-    while left > 0 {
-        let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(chunk_bytes);
-        let Some(chunk) = buffer.get_mut(..wanted) else {
-            break;
-        };
-        match file.read_exact_at(chunk, at) {
-            Ok(()) => on_chunk(chunk),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                return Err(ElfError::Malformed("a symbol table beyond the file's end"));
-            }
-            Err(error) => return Err(error.into()),
-        }
-        at = at.saturating_add(wanted as u64);
-        left -= wanted as u64;
-    }
-    Ok(())
-}
-
+#[cfg(test)]
+mod pools_tests;
 #[cfg(test)]
 #[path = "find_tests.rs"]
 pub(crate) mod tests;

@@ -1,4 +1,6 @@
-use super::*;
+use super::{catalog::Name, names::known, *};
+use crate::address::VirtOffset;
+use crate::process::elf::{Fields, SymbolTable};
 use crate::process::{
     debug_info::DebugInfo, files::FileStore, mapping::Mapping, maps::read_mappings,
 };
@@ -18,15 +20,15 @@ pub(crate) fn mapped(path: &Path) -> Arc<MappedFile> {
     })
 }
 
-struct Scratch(tempfile::TempDir);
+pub(super) struct Scratch(pub(super) tempfile::TempDir);
 
 impl Scratch {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let prefix = format!("memprof-find-{name}");
         Self(tempfile::Builder::new().prefix(&prefix).tempdir().unwrap())
     }
 
-    fn build(&self, source: &str, options: &[&str]) -> PathBuf {
+    pub(super) fn build(&self, source: &str, options: &[&str]) -> PathBuf {
         let (from, to) = (self.0.path().join("source.c"), self.0.path().join("built"));
         fs::write(&from, source).unwrap();
         let status = Command::new("cc")
@@ -377,7 +379,7 @@ fn unrelated_local_functions() {
     assert_eq!(site(&module, Function::Malloc).file_offset, place);
     // There, it is local too: nobody knows which of the two.
     let path = scratch.build(source, &["-static-pie"]);
-    let definitions = Definitions::read(&File::open(&path).unwrap()).unwrap();
+    let definitions = Definitions::read(&File::open(&path).unwrap(), &Catalog::default()).unwrap();
     assert_eq!(definitions.ambiguous, ["malloc"]);
     assert!(Finder::default().find(&mapped(&path)).is_none());
 }
@@ -496,7 +498,9 @@ fn names_across_chunks() {
             names_offset: FileOffset(0),
             names_size: bytes.len() as u64,
         };
-        let names = find_names(&File::open(&path).unwrap(), &table).unwrap();
+        let names = Catalog::default()
+            .find_names(&File::open(&path).unwrap(), &table)
+            .unwrap();
         let at = (CHUNK_BYTES - shift) as u32;
         let function = |name| {
             let order = known().iter().position(|known| known.symbol == name);
@@ -512,7 +516,7 @@ fn names_across_chunks() {
 fn repeated_names() {
     let scratch = Scratch::new("repeated");
     let path = scratch.0.path().join("names");
-    let bytes = b"malloc\0".repeat(names::MAX_NAMES + 1);
+    let bytes = b"malloc\0".repeat(catalog::MAX_NAMES + 1);
     fs::write(&path, &bytes).unwrap();
     let table = SymbolTable {
         offset: FileOffset(0),
@@ -520,7 +524,11 @@ fn repeated_names() {
         names_offset: FileOffset(0),
         names_size: bytes.len() as u64,
     };
-    assert!(find_names(&File::open(&path).unwrap(), &table).is_err());
+    assert!(
+        Catalog::default()
+            .find_names(&File::open(&path).unwrap(), &table)
+            .is_err()
+    );
 }
 
 /// Check that a library each byte of whose headers, symbols and names is set to
@@ -536,12 +544,13 @@ fn hostile_files() {
     let sections = Fields(&good).u64(40) as usize;
     let symbols = table.offset.0 as usize..(table.names_offset.0 + table.names_size) as usize;
     let broken = scratch.0.path().join("broken");
+    let catalog = Catalog::default();
     for at in (0..64).chain(symbols).chain(sections..good.len()) {
         for bad in [0x00, 0x80, 0xff] {
             let mut bytes = good.clone();
             bytes[at] = bad;
             fs::write(&broken, &bytes).unwrap();
-            let _ = Definitions::read(&File::open(&broken).unwrap());
+            let _ = Definitions::read(&File::open(&broken).unwrap(), &catalog);
         }
     }
 }

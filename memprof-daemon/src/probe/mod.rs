@@ -23,6 +23,7 @@ pub mod mode;
 pub mod object;
 mod occupancy;
 pub mod point;
+pub mod pools;
 pub mod programs;
 pub mod requirements;
 pub mod seccomp;

@@ -12,7 +12,7 @@ use iced_x86::{
     Decoder, DecoderError, DecoderOptions, FlowControl, Formatter, Instruction,
     InstructionInfoFactory, IntelFormatter, OpAccess, Register,
 };
-use memprof_common::function::Function;
+use memprof_common::{config::Places, function::Function};
 
 /// Code that a file holds.
 #[derive(Clone, Copy, Debug)]
@@ -91,15 +91,21 @@ impl ProbePoint {
     }
 }
 
-/// The place to probe calls of `function` at, as far as its own code tells:
-/// jumps from elsewhere to behind the entry are for the caller to look for.
+/// The place to probe calls of `function` at, whose arguments are in `places` if its code does
+/// not say where; as far as its own code tells: jumps from elsewhere to behind the entry are
+/// for the caller to look for.
 #[must_use]
-pub fn choose(function: Function, code: Code<'_>) -> ProbePoint {
-    find(function, code).unwrap_or_else(|refusal| ProbePoint::entry(code, refusal))
+pub fn choose(function: Function, places: Option<Places>, code: Code<'_>) -> ProbePoint {
+    find(function, places, code).unwrap_or_else(|refusal| ProbePoint::entry(code, refusal))
 }
 
-fn find(function: Function, code: Code<'_>) -> Result<ProbePoint, Refusal> {
-    let arguments = arguments(function);
+fn find(function: Function, places: Option<Places>, code: Code<'_>) -> Result<ProbePoint, Refusal> {
+    let arguments = match places {
+        Some(places) => arguments_at(places),
+        None => arguments(function),
+    };
+    // Calls under way are told apart by it.
+    let needs_stack_pointer = !function.is_free() || function.is_pool();
     let mut decoder = Decoder::with_ip(64, code.bytes, code.address, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
     let mut usage = InstructionInfoFactory::new();
@@ -139,14 +145,28 @@ fn find(function: Function, code: Code<'_>) -> Result<ProbePoint, Refusal> {
             if written && arguments.contains(&register) {
                 return Err(Refusal::ArgumentWritten);
             }
-            if written && register == Register::RSP && !function.is_free() {
+            if written && register == Register::RSP && needs_stack_pointer {
                 return Err(Refusal::StackPointerMoved);
             }
         }
     }
 }
 
-/// The registers of the arguments up to the last that `memprof-ebpf` reads.
+/// The registers of arguments, in their order.
+const ARGUMENTS: [Register; 6] = {
+    use Register::{R8, R9, RCX, RDI, RDX, RSI};
+    [RDI, RSI, RDX, RCX, R8, R9]
+};
+
+/// Those up to the last of `places`.
+fn arguments_at(places: Places) -> &'static [Register] {
+    let Places { size, count, out } = places;
+    let last = [Some(size), count, out].into_iter().flatten().max();
+    let last = usize::from(last.unwrap_or_default());
+    ARGUMENTS.get(..=last).unwrap_or(&ARGUMENTS)
+}
+
+/// Those up to the last that `memprof-ebpf` reads of a function that it knows.
 const fn arguments(function: Function) -> &'static [Register] {
     use Register::{RCX, RDI, RDX, RSI};
     match function {
@@ -169,10 +189,14 @@ const fn arguments(function: Function) -> &'static [Register] {
         | Function::HeapCalloc
         | Function::HeapRealloc
         | Function::HeapReallocf => &[RDI, RSI, RDX],
-        Function::New => &[RDI],
-        Function::NewN | Function::HeapNew => &[RDI, RSI],
-        Function::HeapNewN => &[RDI, RSI, RDX],
         Function::HeapReallocn => &[RDI, RSI, RDX, RCX],
+        // Their places say it.
+        Function::New
+        | Function::NewN
+        | Function::HeapNew
+        | Function::HeapNewN
+        | Function::Pool
+        | Function::PoolFree => &ARGUMENTS,
     }
 }
 

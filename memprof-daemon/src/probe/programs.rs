@@ -44,6 +44,8 @@ pub(super) struct Names {
     passes_on: Option<&'static str>,
     placed_entry: Option<&'static str>,
     placed_return: Option<&'static str>,
+    placed_exit: Option<&'static str>,
+    placed_free: Option<&'static str>,
 }
 
 impl ProgramSet {
@@ -73,6 +75,11 @@ impl ProgramSet {
                     Walker::TailCalls => "placed_return_tail",
                     Walker::Loop | Walker::FramePointers => "placed_return",
                 }),
+                placed_exit: Some(match walker {
+                    Walker::TailCalls => "placed_exit_tail",
+                    Walker::Loop | Walker::FramePointers => "placed_exit",
+                }),
+                placed_free: Some("placed_free"),
             },
             Self::Empty => Names {
                 free_entry: "empty_entry",
@@ -86,6 +93,8 @@ impl ProgramSet {
                 passes_on: None,
                 placed_entry: None,
                 placed_return: None,
+                placed_exit: None,
+                placed_free: None,
             },
             Self::EmptyEntriesOnly => Names {
                 free_entry: "empty_entry",
@@ -99,6 +108,8 @@ impl ProgramSet {
                 passes_on: None,
                 placed_entry: None,
                 placed_return: None,
+                placed_exit: None,
+                placed_free: None,
             },
         }
     }
@@ -124,6 +135,10 @@ pub(super) enum Event {
     PlacedEntry,
     /// One of its returns is reached.
     PlacedReturn,
+    /// A pool's function returns to its return probe.
+    PlacedExit,
+    /// A pool's function that gives blocks up is called.
+    PlacedFree,
 }
 
 /// One attached program. Dropping it detaches.
@@ -158,6 +173,8 @@ pub(super) enum Programs {
         passes_on: Option<OwnedFd>,
         placed_entry: Option<OwnedFd>,
         placed_return: Option<OwnedFd>,
+        placed_exit: Option<OwnedFd>,
+        placed_free: Option<OwnedFd>,
     },
     /// Attached by perf events.
     Perf(Box<PerfPrograms>),
@@ -172,6 +189,8 @@ pub(super) struct PerfPrograms {
     passes_on: Option<UProbe>,
     placed_entry: Option<UProbe>,
     placed_return: Option<UProbe>,
+    placed_exit: Option<UProbe>,
+    placed_free: Option<UProbe>,
 }
 
 impl Programs {
@@ -219,17 +238,19 @@ impl Programs {
             let at_entry = |name: Option<&'static str>| {
                 name.map(|name| load(name, ProbeKind::Entry)).transpose()
             };
+            let at_return = |name: Option<&'static str>| {
+                name.map(|name| load(name, ProbeKind::Return)).transpose()
+            };
             return Ok(Self::Perf(Box::new(PerfPrograms {
                 free_entry: load(names.free_entry, ProbeKind::Entry)?,
                 alloc_entry: load(names.alloc_entry, ProbeKind::Entry)?,
-                alloc_return: names
-                    .alloc_return
-                    .map(|name| load(name, ProbeKind::Return))
-                    .transpose()?,
+                alloc_return: at_return(names.alloc_return)?,
                 site: at_entry(names.site)?,
                 passes_on: at_entry(names.passes_on)?,
                 placed_entry: at_entry(names.placed_entry)?,
                 placed_return: at_entry(names.placed_return)?,
+                placed_exit: at_return(names.placed_exit)?,
+                placed_free: at_entry(names.placed_free)?,
             })));
         }
         let alone =
@@ -245,6 +266,8 @@ impl Programs {
             passes_on: alone(names.passes_on)?,
             placed_entry: alone(names.placed_entry)?,
             placed_return: alone(names.placed_return)?,
+            placed_exit: alone(names.placed_exit)?,
+            placed_free: alone(names.placed_free)?,
         })
     }
 
@@ -291,6 +314,8 @@ impl Programs {
                 passes_on,
                 placed_entry,
                 placed_return,
+                placed_exit,
+                placed_free,
             } => {
                 let (program, attach_type) = match event {
                     Event::FreeEntry => (Some(free_entry.as_fd()), AttachType::Multi),
@@ -300,9 +325,11 @@ impl Programs {
                     Event::PassesOn => alone(passes_on.as_ref()),
                     Event::PlacedEntry => alone(placed_entry.as_ref()),
                     Event::PlacedReturn => alone(placed_return.as_ref()),
+                    Event::PlacedExit => alone(placed_exit.as_ref()),
+                    Event::PlacedFree => alone(placed_free.as_ref()),
                 };
                 let on = match event {
-                    Event::AllocReturn => ProbeOn::Return,
+                    Event::AllocReturn | Event::PlacedExit => ProbeOn::Return,
                     _ => ProbeOn::Entry,
                 };
                 let Some(program) = program.filter(|_| !places.is_empty()) else {
@@ -324,6 +351,8 @@ impl Programs {
                     Event::PassesOn => programs.passes_on.as_mut(),
                     Event::PlacedEntry => programs.placed_entry.as_mut(),
                     Event::PlacedReturn => programs.placed_return.as_mut(),
+                    Event::PlacedExit => programs.placed_exit.as_mut(),
+                    Event::PlacedFree => programs.placed_free.as_mut(),
                 };
                 let Some(program) = program else {
                     return Ok(Vec::new());

@@ -22,6 +22,16 @@ fn verified_with_ease() {
         let mut programs = vec![names.free_entry, names.alloc_entry];
         programs.extend(names.alloc_return);
         programs.extend(names.site);
+        programs.extend(
+            [names.placed_entry, names.placed_free]
+                .into_iter()
+                .flatten(),
+        );
+        programs.extend(
+            [names.placed_return, names.placed_exit]
+                .into_iter()
+                .flatten(),
+        );
         if walker == Walker::TailCalls {
             programs.push(tail_calls::WALK_ON);
         }

@@ -70,6 +70,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                 function: found.function,
                 symbol: found.symbol,
                 number: u16::try_from(sites.len())?,
+                places: found.places,
                 returns: Vec::new(),
                 passes_on: Vec::new(),
             });

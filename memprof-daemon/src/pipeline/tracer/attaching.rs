@@ -12,12 +12,13 @@ use crate::{
     export::profile::ProbeSite,
     pipeline::{
         install::Holder,
-        scan::{Scan, Wish},
+        scan::{PoolsWanted, Scan, Wish},
         stats::milliseconds,
         target::{
             AttachReply, Attached, Image, State, Target, TargetError, probed_site, shown_site,
         },
     },
+    prefilter::error::PrefilterError,
     probe::{
         attach::AttachError,
         find::{AllocatorModule, FindError},
@@ -64,6 +65,16 @@ impl Tracer {
             let _ = reply.send(Err(TargetError::Already(pid)));
             return;
         }
+        // Why it does not get the prefilter.
+        let pools = &self.options.pools;
+        let has_pools = !pools.is_empty() && mode.may_write();
+        let by_uprobes = has_pools.then(|| PrefilterError::Pools(pools.to_string()));
+        if !mode.may_probe()
+            && let Some(error) = by_uprobes
+        {
+            let _ = reply.send(Err(TargetError::Prefilter(Box::new(error))));
+            return;
+        }
         let Some(slot) = self.take_slot() else {
             let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
             return;
@@ -86,14 +97,21 @@ impl Tracer {
         target.holder = holder;
         if !mode.may_write() {
             target.choice = Choice::Uprobe(None);
+        } else if let Some(reason) = by_uprobes {
+            target.choice = Choice::Uprobe(Some(reason.to_string()));
         }
         self.targets.insert(pid, target);
         self.publish_live();
         let scanner = self.scanner.clone();
         let clear = mode.may_write().then_some(self.options.attach_timeout);
+        // Of all processes, some have them.
+        let wanted = match self.options.all {
+            true => PoolsWanted::Any,
+            false => PoolsWanted::All,
+        };
         self.spawn_job(move || Command::Scanned {
             pid,
-            result: scanner.scan(pid, clear, wish).map(Box::new),
+            result: scanner.scan(pid, clear, wish, wanted).map(Box::new),
         });
     }
 
@@ -287,7 +305,7 @@ impl Tracer {
             unwind: self.options.unwind as u32,
             mappings: mappings.0,
             mappings_epoch,
-            reserved: 0,
+            pools: u32::from(!self.options.pools.is_empty()),
         };
         let slot = u32::from(target.slot);
         let is_known = target.is_shared;

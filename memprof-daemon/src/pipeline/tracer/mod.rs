@@ -80,6 +80,7 @@ use crate::{
         live_map::LiveMap,
         loader::{self, LoadError, LoadOptions, Sizes},
         mode::{ModeChoice, ProbeMode},
+        pools::Pools,
         walker::Walker,
     },
     ring::{
@@ -101,6 +102,8 @@ pub struct TracerOptions {
     pub sizes: Sizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
+    /// Functions that are traced beside those of known allocators.
+    pub pools: Pools,
     /// Every process is traced that rules let pass, once that is
     /// [asked for](TracerHandle::trace_all).
     pub all: bool,
@@ -135,6 +138,9 @@ pub enum StartError {
     /// A rule asks for what is ruled out.
     #[error("a rule asks for the prefilter, and --probe for uprobes, which write to no process")]
     NeverWrites,
+    /// The prefilter has no stubs for what the user has named.
+    #[error("functions that --function names are traced by uprobes: not with --probe prefilter")]
+    PoolsByPrefilter,
     /// The ring or the log cannot be watched, or there is no thread left.
     #[error("cannot set up the tracer")]
     Io(#[from] io::Error),
@@ -263,6 +269,9 @@ impl Tracer {
         if options.filters.may_write() && !may_write {
             return Err(StartError::NeverWrites);
         }
+        if !options.pools.is_empty() && !options.probe_mode.may_probe() {
+            return Err(StartError::PoolsByPrefilter);
+        }
         let names_few = options.filters.names_few();
         let system = options.all.then(|| System::new(names_few, may_write));
         if options.all && options.probe_mode.may_write() {
@@ -284,6 +293,7 @@ impl Tracer {
             .map(|(path, ring)| StackCopies::create(path, ring))
             .transpose()?;
         let tables = Arc::new(TableStore::new(loaded.maps.arena));
+        let scanner = Arc::new(Scanner::new(Arc::clone(&tables), &options.pools));
         let mmap_events = MmapEvents::open(if system.is_some() {
             Scope::Lives
         } else {
@@ -325,7 +335,7 @@ impl Tracer {
             probe_mode: loaded.prober.mode(),
             unconfirmed_totals: Vec::new(),
             prober: ProberHandle::spawn(loaded.prober)?,
-            scanner: Arc::new(Scanner::new(Arc::clone(&tables))),
+            scanner,
             tables,
             unpublished: BTreeSet::new(),
             publish_at: None,

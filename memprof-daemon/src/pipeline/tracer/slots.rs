@@ -192,7 +192,7 @@ impl Tracer {
             unwind: self.options.unwind as u32,
             mappings: MappingList::default().0,
             mappings_epoch: 0,
-            reserved: 0,
+            pools: u32::from(!self.options.pools.is_empty()),
         }
     }
 

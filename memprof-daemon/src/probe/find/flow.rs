@@ -93,7 +93,7 @@ impl CodeReader<'_> {
 ///
 /// Ways on which no block is handed out or given up are left out: of a `free`, those for a first
 /// argument of 0, where the function asks for it at its beginning; of others, those that return
-/// 0 for certain.
+/// 0 for certain. Of a pool's function all are followed.
 pub(super) fn follow(
     file: &File,
     layout: &ElfLayout,
@@ -103,10 +103,11 @@ pub(super) fn follow(
     depth: Depth,
 ) -> Flow {
     let (function, start) = function;
-    let is_free = function.is_free();
+    let is_free = function.is_free() && !function.is_pool();
     // To the others, 0 is a failure; all ends are wanted of those that may throw.
     let zero_fails = !is_free
         && !function.throws()
+        && !function.is_pool()
         && !matches!(function, Function::PosixMemalign | Function::Xallocx);
     let mut reader = CodeReader {
         file,

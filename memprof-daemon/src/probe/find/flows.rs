@@ -1,6 +1,6 @@
 //! What the ways through the functions of a file say of them.
 
-use std::fs::File;
+use std::{fs::File, ops::Range};
 
 use memprof_common::function::Function;
 
@@ -63,6 +63,13 @@ pub(super) fn look_into(
         .iter()
         .map(|site| (names_of(site), site.file_offset))
         .collect();
+    // Where a return probe takes the place of the return address.
+    let have_return_probes: Vec<Range<u64>> = sites
+        .iter()
+        .zip(&addresses)
+        .filter(|(site, _)| !site.function.is_free() && site.places.is_none())
+        .map(|(site, &address)| address..address.saturating_add(site.code_bytes))
+        .collect();
     for (site, &address) in sites.iter_mut().zip(&addresses) {
         let function = (site.function, address);
         let code_offset = |address: u64| layout.code_offset(VirtOffset(address));
@@ -73,6 +80,20 @@ pub(super) fn look_into(
                 // As allocators that are built for debugging do.
                 if flow.leads_on {
                     site.function = Function::Valloc;
+                }
+            }
+            pool if pool.is_pool() => {
+                let flow = follow(file, layout, &mut linkage, function, &[], Depth::Jumps);
+                let ends_elsewhere = flow.returns.iter().any(|at| {
+                    let mut others = have_return_probes.iter();
+                    others.any(|other| other.contains(at))
+                });
+                // If some are not known, a call that has returned would be taken for one under
+                // way; and one that ends by a jump to `malloc`, for one that an exception has
+                // ended.
+                if !flow.is_unknown && !ends_elsewhere {
+                    let returns = flow.returns.iter().copied();
+                    site.returns = returns.filter_map(code_offset).collect();
                 }
             }
             throwing if throwing.throws() => {

@@ -1,23 +1,8 @@
-//! The names that allocators give their functions, and where in a file's names they stand.
+//! The names that allocators give their functions.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs::File,
-    sync::LazyLock,
-};
+use std::sync::LazyLock;
 
-use memprof_common::function::Function;
-
-use super::{CHUNK_BYTES, for_each_chunk};
-use crate::process::elf::{ElfError, SymbolTable};
-
-/// How often names that are looked for may stand in a table: each name that another ends
-/// with counts (`free` in `x_free`), and large libraries have thousands of those. A hostile
-/// file could name the same function over and over.
-pub(super) const MAX_NAMES: usize = 1 << 16;
-
-/// A variable that glibc's dynamic loader defines, and nobody else.
-const LOADER_MARK: &str = "_rtld_global";
+use memprof_common::{config::Places, function::Function};
 
 /// Whose names they are: an allocator has an allocating and a freeing function of one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,9 +20,12 @@ pub(super) enum Family {
     /// C++'s `operator new` and `operator delete`: an allocator's in files that have another
     /// family beside the C library's. Those of C++'s own library call `malloc`.
     Cxx,
+    /// Pools': what the user has named.
+    Pool,
 }
 
 impl Family {
+    /// Allocators' families.
     pub(super) const ALL: [Self; 6] = [
         Self::Plain,
         Self::Je,
@@ -60,6 +48,8 @@ pub(super) struct Known {
     pub(super) symbol: &'static str,
     pub(super) function: Function,
     pub(super) family: Family,
+    /// Where its arguments are, if it is probed by that.
+    pub(super) places: Option<Places>,
 }
 
 macro_rules! known {
@@ -68,6 +58,7 @@ macro_rules! known {
             symbol: concat!($prefix, $name),
             function: Function::$function,
             family: Family::$family,
+            places: Function::$function.places(),
         },)*]
     };
 }
@@ -304,75 +295,9 @@ pub(super) fn known() -> &'static [Known] {
     &KNOWN
 }
 
-/// What a name stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Name {
-    /// A place in [`known()`].
-    Function(usize),
-    LoaderMark,
-}
-
-/// Bytes at the end of a name by which it is looked up; no name is shorter.
-const ENDING_BYTES: usize = 4;
-
-/// Names by their ends: a table of a large program has a million others.
-type Endings = BTreeMap<[u8; ENDING_BYTES], Vec<(&'static [u8], Name)>>;
-
-static ENDINGS: LazyLock<Endings> = LazyLock::new(|| {
-    let mut endings = Endings::new();
-    let functions = known().iter().enumerate();
-    let functions = functions.map(|(order, known)| (known.symbol, Name::Function(order)));
-    for (name, what) in functions.chain([(LOADER_MARK, Name::LoaderMark)]) {
-        if let Some(ending) = name.as_bytes().last_chunk() {
-            endings
-                .entry(*ending)
-                .or_default()
-                .push((name.as_bytes(), what));
-        }
-    }
-    endings
-});
-
-/// Where in the names of `table` those stand that are looked for.
-///
-/// Linkers let a name stand at the end of a longer one (`malloc` in `xmalloc`),
-/// so each place counts at which the rest up to the zero is the name. Looking
-/// for names first, and by number in the symbols, takes constant memory,
-/// whatever the size of the tables.
-pub(super) fn find_names(file: &File, table: &SymbolTable) -> Result<HashMap<u32, Name>, ElfError> {
-    let all = ENDINGS.values().flatten();
-    let longest = all.map(|(name, _)| name.len()).max().unwrap_or(0);
-
-    let mut names = HashMap::new();
-    let mut window: Vec<u8> = Vec::new();
-    let mut window_start = 0_u64;
-    for_each_chunk(
-        file,
-        table.names_offset,
-        table.names_size,
-        CHUNK_BYTES,
-        |chunk| {
-            window.extend_from_slice(chunk);
-            for (end, _) in window.iter().enumerate().filter(|&(_, &byte)| byte == 0) {
-                let before = window.get(..end).unwrap_or_default();
-                let ending = before.last_chunk().and_then(|ending| ENDINGS.get(ending));
-                for &(name, what) in ending.into_iter().flatten() {
-                    if names.len() <= MAX_NAMES && before.ends_with(name) {
-                        let start = window_start + (end - name.len()) as u64;
-                        names.extend(u32::try_from(start).ok().map(|start| (start, what)));
-                    }
-                }
-            }
-            // A name may go on in the next chunk.
-            let done = window.len().saturating_sub(longest);
-            window.drain(..done);
-            window_start += done as u64;
-        },
-    )?;
-    if names.len() > MAX_NAMES {
-        return Err(ElfError::Malformed("the same names too often"));
-    }
-    Ok(names)
+/// Whether it is a function of an allocator that is looked for by that name.
+pub(super) fn is_known(symbol: &str) -> bool {
+    known().iter().any(|known| known.symbol == symbol)
 }
 
 #[cfg(test)]
@@ -381,13 +306,12 @@ mod tests {
 
     use super::*;
 
-    /// Check that no name stands for two functions, that each can be looked up by its end,
-    /// and that the C library's functions have the names that their codes have.
+    /// Check that no name stands for two functions, and that the C library's functions have
+    /// the names that their codes have.
     #[test]
     fn names_are_unique() {
         let names: HashSet<_> = known().iter().map(|known| known.symbol).collect();
         assert_eq!(names.len(), known().len());
-        assert_eq!(ENDINGS.values().flatten().count(), known().len() + 1);
         let plain = || {
             known()
                 .iter()

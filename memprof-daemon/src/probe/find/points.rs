@@ -6,7 +6,7 @@ use std::{fs::File, io, ops::RangeInclusive, os::unix::fs::FileExt as _};
 use super::{
     FoundSite, Symbol, flows,
     linkage::{Goal, Linkage, passes_on_to},
-    names::{Known, known},
+    names::{Family, Known},
 };
 use crate::{
     address::{FileOffset, VirtOffset},
@@ -24,39 +24,46 @@ const MAX_CODE_BYTES: u64 = 4096;
 /// An `endbr64` and a jump.
 const THUNK_BYTES: u64 = 16;
 
-/// Where a function is. Compares by place, then in the order of names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Where a function is.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     file_offset: FileOffset,
-    /// In [`known`].
+    /// In the catalog.
     order: usize,
     address: u64,
     /// 0 if it is not known.
     size: u64,
+    /// What is there.
+    pub(super) known: Known,
 }
 
 impl Place {
-    pub(super) fn of(layout: &ElfLayout, symbol: &Symbol, order: usize) -> Option<Self> {
-        known().get(order)?;
+    /// The place of a function that has this place in the catalog.
+    pub(super) fn of(
+        layout: &ElfLayout,
+        symbol: &Symbol,
+        (order, known): (usize, Known),
+    ) -> Option<Self> {
         Some(Self {
             file_offset: layout.code_offset(symbol.address)?,
             order,
             address: symbol.address.0,
             size: symbol.size,
+            known,
         })
-    }
-
-    /// What is there.
-    pub(super) fn known(&self) -> &'static Known {
-        #[expect(clippy::indexing_slicing, reason = "checked where a place is made")]
-        &known()[self.order]
     }
 }
 
 /// Adds those functions that have no place yet, and one in `local`. Those that have several
-/// there are left out and returned: which of them the program allocates by is not known.
-pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<&'static str> {
+/// there are left out and returned: which of them the program allocates by is not known. A
+/// pool's are all that have the name: what is static in a header is in each part of a program
+/// that has made no inline code of it.
+pub(super) fn add_local(places: &mut Vec<Place>, local: Vec<Place>) -> Vec<&'static str> {
+    let (pools, mut local): (Vec<Place>, Vec<Place>) = local
+        .into_iter()
+        .partition(|place| place.known.family == Family::Pool);
     local.retain(|place| !places.iter().any(|known| known.order == place.order));
+    places.extend(pools);
     local.sort_unstable_by_key(|place| place.order);
     let mut ambiguous = Vec::new();
     for of_it in local.chunk_by(|a, b| a.order == b.order) {
@@ -69,7 +76,7 @@ pub(super) fn add_local(places: &mut Vec<Place>, mut local: Vec<Place>) -> Vec<&
         {
             places.push(*first);
         } else {
-            ambiguous.push(first.known().symbol);
+            ambiguous.push(first.known.symbol);
         }
     }
     ambiguous
@@ -84,7 +91,7 @@ pub(super) struct Start {
 /// The places without repetition, each with all functions that start there; in
 /// order.
 pub(super) fn starts(mut places: Vec<Place>) -> Vec<Start> {
-    places.sort_unstable();
+    places.sort_unstable_by_key(|place| (place.file_offset, place.order));
     places.dedup_by(|next, kept| {
         let same = (next.file_offset, next.order) == (kept.file_offset, kept.order);
         if same {
@@ -97,7 +104,7 @@ pub(super) fn starts(mut places: Vec<Place>) -> Vec<Start> {
         match starts.last_mut() {
             Some(start) if start.place.file_offset == place.file_offset => {
                 start.place.size = start.place.size.max(place.size);
-                start.aliases.push(place.known().symbol);
+                start.aliases.push(place.known.symbol);
             }
             _ => starts.push(Start {
                 place,
@@ -153,7 +160,7 @@ fn without_thunks(
         if number == end {
             kept.push((number, start));
         } else if let Some(aliases) = aliases.get_mut(end) {
-            aliases.push(start.place.known().symbol);
+            aliases.push(start.place.known.symbol);
             aliases.extend(start.aliases);
         }
     }
@@ -197,15 +204,19 @@ pub(super) fn choose_all(
             address: place.address,
         };
         let Known {
-            symbol, function, ..
-        } = *place.known();
+            symbol,
+            function,
+            places,
+            ..
+        } = place.known;
         sites.push(FoundSite {
             function,
             symbol,
             file_offset: place.file_offset,
             aliases,
             code_bytes,
-            point: point::choose(function, code),
+            places,
+            point: point::choose(function, places, code),
             returns: Vec::new(),
             twin: None,
             passes_on: Vec::new(),

@@ -5,7 +5,7 @@ const ADDRESS: u64 = 0x1000;
 
 fn at_entry(function: Function, bytes: &[u8]) -> ProbePoint {
     let address = ADDRESS;
-    choose(function, Code { bytes, address })
+    choose(function, function.places(), Code { bytes, address })
 }
 
 /// Expects a probe behind the entry, or on an entry that is emulated.
@@ -33,7 +33,7 @@ fn expect_refusal(function: Function, bytes: &[u8], refusal: Refusal) {
 /// why it is not elsewhere.
 fn chosen(starts: &[real::Start]) -> Vec<String> {
     let line = |&(function, address, bytes): &real::Start| {
-        let point = choose(function, Code { bytes, address });
+        let point = choose(function, function.places(), Code { bytes, address });
         let refusal = point.refusal.map(|refusal| format!(": {refusal}"));
         let name = function.symbol();
         format!(
@@ -349,6 +349,7 @@ fn any_bytes() {
         let address = [0, ADDRESS, u64::MAX - 8][random() % 3];
         let point = choose(
             function,
+            function.places(),
             Code {
                 bytes: &bytes,
                 address,
@@ -359,5 +360,52 @@ fn any_bytes() {
             "{bytes:x?} {point:?}"
         );
         assert_eq!(point.emulated, point.refusal.is_none());
+    }
+}
+
+/// Check that a pool's function is probed where the arguments that its user has named are
+/// still in their registers, and the stack pointer is what it was, also of one that gives
+/// blocks up.
+#[test]
+fn pools() {
+    use memprof_common::config::Places;
+    let point = |function, places, bytes: &[u8]| {
+        let address = ADDRESS;
+        choose(function, Some(places), Code { bytes, address })
+    };
+    let size = |size| Places {
+        size,
+        ..Places::default()
+    };
+    // mov $1, %ecx; push %rbp
+    let code = [0xb9, 1, 0, 0, 0, 0x55];
+    assert_eq!(point(Function::Pool, size(2), &code).offset, 5);
+    for places in [
+        size(3),
+        size(5),
+        Places {
+            count: Some(3),
+            ..size(0)
+        },
+        Places {
+            out: Some(4),
+            ..size(0)
+        },
+    ] {
+        let point = point(Function::Pool, places, &code);
+        assert_eq!(
+            (point.offset, point.refusal),
+            (0, Some(Refusal::ArgumentWritten))
+        );
+    }
+    // sub $8, %rsp; push %rbp
+    let code = [0x48, 0x83, 0xec, 8, 0x55];
+    for function in [Function::Pool, Function::PoolFree] {
+        let point = point(function, size(0), &code);
+        assert_eq!(
+            point.refusal,
+            Some(Refusal::StackPointerMoved),
+            "{function:?}"
+        );
     }
 }
