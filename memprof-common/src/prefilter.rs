@@ -86,6 +86,9 @@ pub const FRAME_STORES: u32 = 8;
 pub const FRAME_IN_PLACE: u32 = 16;
 /// `reallocf`: the old block is freed also if it fails.
 pub const FRAME_GIVES_UP: u32 = 32;
+/// The thread had no shard, so that the call is marked in none; if it is followed, it is
+/// one of [`HEADER_UNMARKED`].
+pub const FRAME_UNMARKED: u32 = 64;
 
 /// First word of the shared part: "MPPFdat1".
 pub const DATA_MAGIC: u64 = u64::from_le_bytes(*b"MPPFdat1");
@@ -100,6 +103,8 @@ pub const HEADER_STARVED: usize = 24;
 /// Calls (allocating and freeing) that were not counted nor sampled, since their
 /// thread found no shard.
 pub const HEADER_UNSHARDED: usize = 32;
+/// Calls under way that the stubs follow and that no shard has a mark of.
+pub const HEADER_UNMARKED: usize = 40;
 /// The next gap to take: a count, taken modulo the ring's length. Threads raise it by
 /// compare and exchange; the daemon empties the ring by setting it to the tail so.
 pub const HEADER_RING_HEAD: usize = 64;
@@ -137,14 +142,17 @@ pub const SHARD_CALL_CLASSES: usize = 65;
 pub const PRIVATE_ENABLED: usize = 0;
 /// Bytes before the private blocks of the shards.
 pub const PRIVATE_FLAG_BYTES: usize = 4096;
-/// In a shard's private block: the thread pointer of the owner, for good; 0 if the
-/// shard is free. Not where a shard has its hot words, or processors would take a load
+/// In a shard's private block: the thread pointer of the owner, until the owner has ended
+/// and the daemon makes it [`OWNER_GONE`]; 0 if there was none yet. Not where a shard has its hot words, or processors would take a load
 /// of the next word for one of theirs (they compare 12 bits of addresses first).
 pub const PRIVATE_OWNER: usize = 960;
 /// In a shard's private block: the thread pointer of the owner if it is in no call that
 /// the stubs follow, else the address of the outermost call's [`SiteFrame`]. One word,
 /// so that a signal handler finds no half of a change.
 pub const PRIVATE_CALL: usize = 968;
+/// At [`PRIVATE_OWNER`]: the owner has ended, and another thread may take the shard. Its
+/// [`PRIVATE_CALL`] is 0 then. Not 0, at which a thread ends its search for its own.
+pub const OWNER_GONE: u64 = 1;
 
 /// A countdown that asks the thread for another gap.
 pub const REDRAW: i64 = -(1 << 62);

@@ -278,3 +278,61 @@ fn without_the_capability() {
     hold.go();
     hold.finish();
 }
+
+/// Check that a process with ever new threads, many more than shards, has all its calls counted or
+/// told as not counted, and counted again once the shards of ended threads are given back.
+#[test]
+fn threads_that_come_and_go() {
+    const PAIRS: u64 = 5;
+    const MANY: u64 = 3000;
+    const FEW: u64 = 40;
+    let dir = TempDir::new("hazards");
+    let mut target = ready(&mut target("successors.c").command(&[]));
+    let pid = target.pid();
+    let options = ["--probe", "prefilter", "-i", "1", "--ring-size", "64MiB"];
+    let daemon = Daemon::start(&dir, &[pid], &options);
+    let (mut batches, mut threads) = (0_usize, 0);
+    let mut come_and_go = |count: u64| {
+        target.send(&count.to_string());
+        batches += 1;
+        threads += count;
+        eventually(|| (target.stdout().matches("done\n").count() == batches).then_some(()));
+        // What BPF has in its ring is booked a tick later.
+        thread::sleep(Duration::from_millis(300));
+        let profile = daemon.profile(pid);
+        let process = profile.process();
+        let seen = process.leaf_totals("in_successor").alloc_objects;
+        assert_eq!(process.exact().alloc_calls, process.totals().alloc_objects);
+        let resident = process.leaf_totals("in_resident").alloc_objects;
+        let unsharded = process.loss("unsharded_calls");
+        assert!(seen + resident + unsharded >= PAIRS * (threads + batches as u64));
+        (seen, resident, unsharded)
+    };
+    let (_, _, unsharded) = come_and_go(MANY);
+    assert!(unsharded > 0, "there was room for all");
+    let begun = std::time::Instant::now();
+    let (seen, resident, unsharded) = loop {
+        let before = come_and_go(FEW);
+        let after = come_and_go(FEW);
+        if before.2 == after.2 {
+            assert_eq!(after.0, before.0 + PAIRS * FEW);
+            break after;
+        }
+        // Ten seconds lie between the first two stops.
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{before:?} {after:?}"
+        );
+    };
+    let stats = daemon.stats();
+    let process = &stats["processes"][0];
+    let given_back = process["shards_given_back"].as_u64();
+    assert!(given_back >= Some(200), "{stats}");
+    assert!(process["stopped_ms"].as_f64() > Some(0.0));
+    let after = come_and_go(FEW / 2);
+    assert_eq!(after, (seen + PAIRS * FEW / 2, resident + PAIRS, unsharded));
+    daemon.stop();
+    assert_as_in_file(pid);
+    target.close_stdin();
+    target.finish().expect_code(0);
+}

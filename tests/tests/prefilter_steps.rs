@@ -263,6 +263,36 @@ fn step_7_let_go() {
         assert!(changed(pid).len() >= HOOKED)
     });
     assert_eq!(died, 1);
+    shards_given_back();
+}
+
+/// Kills memprof when it has given back the shards of ended threads, which new threads then take.
+fn shards_given_back() {
+    let dir = TempDir::new("steps");
+    let mut target = Running::spawn(&mut target("successors.c").command(&[]));
+    target.wait_stdout(|line| line == "ready");
+    let pid = target.pid();
+    let file = dir.file("dies.json");
+    let mut command = memprof::memprof(&["record", "--probe", "prefilter", "-f", "json"]);
+    command.args(["-d", "60", "-o", &file, "-p", &pid.to_string()]);
+    command.env("MEMPROF_DIE_AT", "ShardsGivenBack:1");
+    let memprof = Running::spawn(&mut command);
+    eventually(|| (changed(pid).len() >= HOOKED).then_some(()));
+    let threads = |target: &mut Running, count: u32, done: usize| {
+        target.send(&count.to_string());
+        eventually(|| (target.stdout().matches("done\n").count() == done).then_some(()));
+    };
+    threads(&mut target, 3000, 1);
+    let status = memprof.finish().status;
+    assert_eq!(status.signal(), Some(Signal::SIGKILL as i32));
+    assert!(changed(pid).len() >= HOOKED);
+    threads(&mut target, 1000, 2);
+    assert!(cleanup(pid).contains("taken out"));
+    assert_eq!(changed(pid), [""; 0]);
+    assert_eq!((ours(pid).len(), files(pid)), (0, 0));
+    threads(&mut target, 10, 3);
+    target.close_stdin();
+    target.finish().expect_code(0);
 }
 
 /// Check row 8: while the bytes go back, and after all have; what leads to the stubs still

@@ -26,6 +26,8 @@ use crate::{
         detach::detach,
         error::{DetachError, PrefilterError},
         layout::Geometry,
+        reclaim::{self, GivenBack},
+        stop_error::StopError,
         tracer::{Tracer, with_tracer},
         turn::Turn,
     },
@@ -162,6 +164,17 @@ pub(super) fn take_out(
             source,
         })
     })
+}
+
+/// Gives back the shards of threads of a process that have ended.
+pub(super) fn give_back(pid: u32, image: &Image) -> Result<GivenBack, StopError> {
+    let _turn = Turn::wait(pid);
+    let Ok(process) = ExitWatch::open(pid) else {
+        return Err(StopError::Ended { pid });
+    };
+    // Without a thread there is another time.
+    with_tracer(|tracer| reclaim::give_back(tracer, &process, image))
+        .unwrap_or_else(|_| Ok(GivenBack::default()))
 }
 
 /// Has the thread that owns the programs probe the sites.

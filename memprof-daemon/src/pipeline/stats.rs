@@ -271,6 +271,8 @@ pub struct Cost {
     pub longest_stopped_ms: f64,
     /// Bytes that the prefilter has mapped into it.
     pub image_bytes: u64,
+    /// Shards of ended threads that the prefilter has given to others to take.
+    pub shards_given_back: u64,
     /// Milliseconds that attaching took the kernel.
     pub attach_ms: f64,
     /// Milliseconds that detaching took the kernel, once it has happened.

@@ -382,6 +382,8 @@ pub(super) struct Target {
     pub(super) waiting_modules: Vec<AllocatorModule>,
     /// For how long it stood still.
     pub(super) stopped: StoppedTime,
+    /// Shards of threads that have ended, which other threads may have.
+    pub(super) shards_given_back: u64,
     /// Bytes that are mapped into it.
     pub(super) image_bytes: u64,
     /// Who waits to hear that it is traced.
@@ -459,6 +461,7 @@ impl Target {
             stale_plans: 0,
             waiting_modules: Vec::new(),
             stopped: StoppedTime::default(),
+            shards_given_back: 0,
             image_bytes: 0,
             reply,
             leaving: Leaving::default(),

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use memprof_common::prefilter::SiteKind;
+use memprof_common::prefilter::{PRIVATE_FLAG_BYTES, PRIVATE_OWNER, SHARD_BYTES, SiteKind};
 
 use super::{
     data::SharedData,
@@ -110,6 +110,13 @@ pub struct DataPlace {
     pub geometry: Geometry,
 }
 
+impl DataPlace {
+    /// Where the thread pointer of a shard's owner is; the word behind it is the owner's call.
+    pub(super) const fn owner_at(&self, shard: usize) -> u64 {
+        self.private + (PRIVATE_FLAG_BYTES + shard * SHARD_BYTES + PRIVATE_OWNER) as u64
+    }
+}
+
 /// Who probes the sites of an image.
 pub trait SiteProbes {
     /// Probes the places of `file`.
@@ -162,6 +169,16 @@ impl Image {
     /// Whether an address is of its code.
     pub(super) fn has_code_at(&self, address: u64) -> bool {
         self.code.iter().any(|range| range.contains(&address))
+    }
+
+    /// The same, to be looked at while it is in use elsewhere: what was changed is not in it.
+    #[must_use]
+    pub fn outline(&self) -> Self {
+        let (data, code) = (self.data.clone(), self.code.clone());
+        Self {
+            is_wiped: self.is_wiped,
+            ..Self::new(data, self.owns_data, code, Vec::new())
+        }
     }
 
     /// Where its data is, for modules that come later.

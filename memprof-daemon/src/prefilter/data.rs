@@ -86,7 +86,7 @@ impl SharedData {
     #[must_use]
     pub fn stats(&self) -> SharedStats {
         let mut stats = SharedStats {
-            unsharded: self.shared.load(HEADER_UNSHARDED),
+            unsharded: self.unsharded(),
             starved: self.supply.starved(&self.shared),
             ..SharedStats::default()
         };
@@ -95,6 +95,12 @@ impl SharedData {
             stats.sampled_blocks += u64::from(byte & !OCCUPANCY_OVERFLOWED);
         }
         stats
+    }
+
+    /// Calls that were neither counted nor sampled: [`SharedStats::unsharded`].
+    #[must_use]
+    pub fn unsharded(&self) -> u64 {
+        self.shared.load(HEADER_UNSHARDED)
     }
 
     /// Makes the sampled set empty. Not while threads of the target run.

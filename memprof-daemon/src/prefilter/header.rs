@@ -11,7 +11,7 @@ use super::{
 
 const MAGIC: &[u8; 8] = b"MPPFimg1";
 /// Raised with each change of the header or of what it describes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, patches, code and data ranges, shards, bucket bits.
 const FIXED_BYTES: usize = 56;
 /// Address, original bytes, jump; to a multiple of 8.

@@ -30,6 +30,7 @@ mod occupants;
 pub mod place;
 mod plan;
 mod ptrace;
+pub mod reclaim;
 pub mod relocate;
 mod remote;
 mod restart;

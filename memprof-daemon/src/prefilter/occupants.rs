@@ -3,15 +3,16 @@
 //! Addresses of the image on a stack do not tell: a call that has returned leaves one
 //! behind, which may stand there for as long as its thread sleeps. The stubs tell. A call
 //! that they follow to its return is marked in the private block of the thread's shard
-//! (`PRIVATE_CALL`), from before the allocator is called until after its return; of a thread
-//! for which there was no shard left, every word counts. Besides, a
-//! signal can have interrupted a thread in the image: then its handler's frame, which the
-//! kernel lays out, has an address of the image as that to go on at.
+//! (`PRIVATE_CALL`), from before the allocator is called until after its return. Those of
+//! threads for which there was no shard are marked in none, but counted (`HEADER_UNMARKED`):
+//! while there is one, every word counts. Besides, a signal can have interrupted a thread in
+//! the image: then its handler's frame, which the kernel lays out, has an address of the image
+//! as that to go on at.
 
 use std::ops::Range;
 
 use memprof_common::prefilter::{
-    PRIVATE_CALL, PRIVATE_FLAG_BYTES, PRIVATE_OWNER, SHARD_BYTES, SHARD_PROBES, home_shard,
+    HEADER_UNMARKED, PRIVATE_CALL, PRIVATE_OWNER, SHARD_PROBES, home_shard,
 };
 
 use super::{
@@ -53,13 +54,18 @@ pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, Sto
         return stopped.is_anyone_within(&ranges);
     }
     let maps = stopped.maps()?;
+    // Any thread may be in such a call, also one that has a shard by now. Unmapped by the
+    // process itself there are none.
+    let unmarked = word(stopped, image.data.range.start + HEADER_UNMARKED as u64);
+    let words = if unmarked.is_some_and(|calls| calls != 0) {
+        Words::All
+    } else {
+        Words::SignalFrames
+    };
     for thread in stopped.threads() {
-        let words = match call_of(image, thread) {
-            Call::None => Words::SignalFrames,
-            Call::Frame(frame) if has_left(thread, &maps, frame) => Words::SignalFrames,
-            Call::Frame(_) => return Ok(true),
-            Call::Unmarked => Words::All,
-        };
+        if call_of(image, thread).is_some_and(|frame| !has_left(thread, &maps, frame)) {
+            return Ok(true);
+        }
         if leads_back(stopped, &maps, thread, words, &is_in)? {
             return Ok(true);
         }
@@ -70,22 +76,12 @@ pub(super) fn is_anyone_in(stopped: &Stopped, image: &Image) -> Result<bool, Sto
 /// Whether a thread is in the image, or in a call that is followed, and would go on at once if
 /// it ran: it is not in a system call.
 pub(super) fn is_passing(image: &Image, maps: &[MapsEntry], thread: &Thread) -> bool {
-    let is_followed = || match call_of(image, thread) {
-        Call::Frame(frame) => !image.is_wiped && !has_left(thread, maps, frame),
-        Call::None | Call::Unmarked => false,
+    let is_followed = || {
+        !image.is_wiped
+            && call_of(image, thread).is_some_and(|frame| !has_left(thread, maps, frame))
     };
     thread.registers.orig_rax == NO_CALL
         && (image.has_code_at(thread.registers.rip) || is_followed())
-}
-
-/// The call of a thread that the stubs follow.
-enum Call {
-    /// None.
-    None,
-    /// The outermost has this frame.
-    Frame(u64),
-    /// The thread has no shard, so there is no mark.
-    Unmarked,
 }
 
 /// Which words of a stack lead back.
@@ -97,35 +93,28 @@ enum Words {
     All,
 }
 
-fn call_of(image: &Image, thread: &Thread) -> Call {
+/// The frame of the thread's outermost call that the stubs follow, if a shard has its mark.
+fn call_of(image: &Image, thread: &Thread) -> Option<u64> {
     const CALL: usize = PRIVATE_CALL - PRIVATE_OWNER;
     let pointer = thread.registers.fs_base;
     let shards = image.data.geometry.shards;
     let home = home_shard(pointer, shards) as usize;
     for probe in 0..SHARD_PROBES {
-        let shard = (home + probe) % shards as usize;
-        let block = image.data.private + (PRIVATE_FLAG_BYTES + shard * SHARD_BYTES) as u64;
+        let owner_at = image.data.owner_at((home + probe) % shards as usize);
         let mut words = [0; CALL + WORD as usize];
-        if remote::read(thread.tid, block + PRIVATE_OWNER as u64, &mut words).is_err() {
-            // Unmapped by the process itself: nobody follows anything.
-            return Call::None;
-        }
+        // Unmapped by the process itself: nobody follows anything.
+        remote::read(thread.tid, owner_at, &mut words).ok()?;
         let [owner, call] = [words.first_chunk(), words.last_chunk()]
             .map(|word| u64::from_ne_bytes(word.copied().unwrap_or_default()));
         if owner == pointer {
-            let is_idle = call == pointer || call == 0;
-            return if is_idle {
-                Call::None
-            } else {
-                Call::Frame(call)
-            };
+            return (call != pointer && call != 0).then_some(call);
         }
-        // It would have taken this one at its first call.
+        // Its own would be before this one.
         if owner == 0 {
-            return Call::None;
+            return None;
         }
     }
-    Call::Unmarked
+    None
 }
 
 /// Whether the thread has left the call with this frame by `longjmp` or an exception: it

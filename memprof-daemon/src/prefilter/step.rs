@@ -10,6 +10,7 @@ pub(super) enum Step {
     Mapped,
     Probed,
     Enabled,
+    ShardsGivenBack,
     Restored,
     Unmapped,
     // Of a stop.

@@ -28,6 +28,7 @@ use crate::{
         tables::FileTable,
         target::{AttachReply, Attached, TargetError},
     },
+    prefilter::{reclaim::GivenBack, stop_error::StopError},
     probe::attach::{AttachError, FileId},
     sample::ImageId,
 };
@@ -60,6 +61,12 @@ pub(in crate::pipeline) enum Command {
         result: Result<Duration, AttachError>,
     },
     Hooked(Box<Hooked>),
+    /// Shards of threads that have ended were given back, or could not be.
+    ShardsGivenBack {
+        pid: u32,
+        serial: u64,
+        result: Result<GivenBack, StopError>,
+    },
     Detached {
         pid: u32,
         serial: u64,

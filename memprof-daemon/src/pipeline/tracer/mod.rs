@@ -3,7 +3,7 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
-//! of them, `marks` counts from a moment on,
+//! of them, `marks` counts from a moment on, `shards` has the prefilter's given back,
 //! `rules` and `manner` choose among all processes, `go_programs` finds Go programs among them,
 //! `golang` has their profiles read,
 //! `totals` reads what BPF has counted,
@@ -28,6 +28,7 @@ mod marks;
 pub(super) mod prefilter;
 mod reporting;
 pub(super) mod rules;
+mod shards;
 mod slots;
 mod system;
 mod taking_out;
@@ -446,6 +447,13 @@ impl Tracer {
             Command::GoRead(read) => self.go_read(*read),
             Command::AttachDone { pid, batch, result } => self.attach_done(pid, batch, result),
             Command::Hooked(hooked) => self.hooked(*hooked),
+            Command::ShardsGivenBack {
+                pid,
+                serial,
+                result,
+            } => {
+                self.shards_given_back(pid, serial, result);
+            }
             Command::Detached { pid, serial, time } => {
                 if let Some(target) = self.target_of(pid, serial) {
                     // The thread that detaches may have ended, and all probes with it.
@@ -506,6 +514,7 @@ impl Tracer {
         // BPF wakes the reader of the ring for little.
         self.drain_ring();
         self.refill();
+        self.give_shards_back();
         self.look_after_all(slow);
         if slow {
             self.scanner.forget_files(HOLD_FILES);

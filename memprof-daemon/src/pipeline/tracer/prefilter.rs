@@ -18,6 +18,7 @@ use crate::{
         attach::{Attached, Image, StoppedTime},
         data::SharedData,
         error::{DetachError, PrefilterError},
+        reclaim::Pace,
         relocate::displace_behind_first,
     },
     probe::{
@@ -45,8 +46,10 @@ pub(in crate::pipeline) enum Choice {
 /// What is in a process.
 #[derive(Debug)]
 pub(in crate::pipeline) struct Prefilter {
-    image: Image,
-    data: SharedData,
+    pub(super) image: Image,
+    pub(super) data: SharedData,
+    /// When shards of threads that have ended are given back.
+    pub(super) pace: Pace,
 }
 
 impl Prefilter {
@@ -226,7 +229,11 @@ impl Tracer {
             (choice, Some(mut data)) => {
                 // It may have changed since.
                 data.set_interval(interval_bytes);
-                *choice = Choice::Prefilter(Box::new(Prefilter { image, data }));
+                *choice = Choice::Prefilter(Box::new(Prefilter {
+                    image,
+                    data,
+                    pace: Pace::default(),
+                }));
                 if !matches!(target.state, State::Attaching) {
                     info!(pid, "the new program is hooked");
                 }

@@ -272,6 +272,7 @@ fn cost_of(target: &Target) -> Cost {
         stopped_ms: milliseconds(target.stopped.last),
         longest_stopped_ms: milliseconds(target.stopped.max),
         image_bytes: target.image_bytes,
+        shards_given_back: target.shards_given_back,
         attach_ms: milliseconds(target.attach_time),
         detach_ms: target.detach_time.map(milliseconds),
     }

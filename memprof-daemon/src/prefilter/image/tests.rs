@@ -7,6 +7,7 @@ mod registers;
 mod rig;
 mod sampling;
 mod set;
+mod shards;
 mod signals;
 mod sites;
 mod speed;

@@ -147,7 +147,11 @@ memprof_stub_enter:
     call memprof_stub_set_remove
     jnc 5f
     orl ${FRAME_TAKEN}, 56+{FRAME_FLAGS}(%rsp)
-    memprof_site {SITE_TAKE}            # %rdi = the old block
+    testl ${FRAME_UNMARKED}, 56+{FRAME_FLAGS}(%rsp)
+    jz 4f
+    memprof_header %rsi                 # followed, and no shard says so
+    lock incq {HEADER_UNMARKED}(%rsi)
+4:  memprof_site {SITE_TAKE}            # %rdi = the old block
     jmp 8f
 5:  cmpq $0, 56+{FRAME_SHARD}(%rsp)
     jne 8f                              # it is the outermost call
@@ -155,6 +159,7 @@ memprof_stub_enter:
     jmp 9f
 6:  memprof_header %rsi
     lock incq {HEADER_UNSHARDED}(%rsi)
+    orl ${FRAME_UNMARKED}, 56+{FRAME_FLAGS}(%rsp)
     jmp .Lmemprof_take
 8:  stc
 9:  pop %r9                             # pops leave the carry as it is
@@ -228,7 +233,7 @@ memprof_stub_exit:
     # The callee-saved registers are the caller's.
     memprof_site {SITE_ALLOC}           # frame: all of it
 4:  test %rcx, %rcx
-    jz 5f
+    jz 7f
     lea {SITE_FRAME_OFFSET}(%rsp), %rdx
     cmp %rdx, 0x7fffffff(%rcx)          # not if a later call took its place
     memprof_patch {CALL_DISTANCE}, 4
@@ -244,6 +249,11 @@ memprof_stub_exit:
     pop %rcx
     pop %rax
     ret
+7:  testl ${FRAME_UNMARKED}, {SITE_FRAME_OFFSET}+{FRAME_FLAGS}(%rsp)
+    jz 5b                               # it is inside another call
+    memprof_header %rdx
+    lock decq {HEADER_UNMARKED}(%rdx)
+    jmp 5b
 
 # A free whose thread is not at home in its shard, or is inside another call.
 #
@@ -304,39 +314,53 @@ memprof_stub_free_occupied:
 #
 # out   %rcx      its address; 0 if there is none to take
 #       %rdx      the thread pointer
-# Clobbers %rax, %r8, %r9.
+# Clobbers %rax, %rsi, %r8, %r9.
 #
-# A shard's owner never changes, so a thread that probes again finds its own again. A
-# signal handler may take the one that is about to be taken: then the exchange fails, and
-# the owner is found to be this thread.
+# The thread's own is found before the first that never had an owner: a shard that has had
+# one does not become such again. The daemon gives back those of ended threads
+# (OWNER_GONE); of these the first is taken, if the thread has none further on.
+#
+# A signal handler may take one meanwhile. If it is the one that is about to be taken, the
+# exchange fails. If it is another, since one was given back at that moment, the thread has
+# two. So it looks again: the first is its shard, and the other lies idle until it ends.
 .balign 64, 0xcc
 memprof_stub_find_shard:
     mov %fs:0, %rdx
-    memprof_home %r8, %r8d
+1:  memprof_home %r8, %r8d
     mov ${SHARD_PROBES}, %r9d           # %r9 = how many are still to be tried
-1:  memprof_shards %rcx
+    xor %esi, %esi                      # %rsi = the first that was given back, or 0
+2:  memprof_shards %rcx
     add %r8, %rcx
-2:  mov 0x7fffffff(%rcx), %rax
+    mov 0x7fffffff(%rcx), %rax
     memprof_patch {OWNER_DISTANCE}, 4
     cmp %rdx, %rax
     je 9f
-    test %rax, %rax
-    jnz 3f
-    # Free: %rax = 0 is what is compared with.
-    lock cmpxchg %rdx, 0x7fffffff(%rcx)
-    memprof_patch {OWNER_DISTANCE}, 4
-    jne 2b
-    movabs ${REDRAW}, %rax
-    mov %rax, {SHARD_COUNTDOWN}(%rcx)
-    mov %rdx, 0x7fffffff(%rcx)          # in no call
-    memprof_patch {CALL_DISTANCE}, 4
-    ret
+    cmp ${OWNER_GONE}, %rax
+    jb 4f                               # 0: nobody's yet
+    jne 3f                              # another thread's
+    test %rsi, %rsi
+    cmovz %rcx, %rsi
 3:  add ${SHARD_BYTES}, %r8d
     and $0x7fffffff, %r8d
     memprof_patch {SHARD_MASK}, 4
     dec %r9d
-    jnz 1b
-    xor %ecx, %ecx
+    jnz 2b
+    mov %rsi, %rcx
+    test %rcx, %rcx
+    jz 9f
+4:  test %rsi, %rsi
+    cmovnz %rsi, %rcx                   # %rcx = the one to take
+    xor %eax, %eax
+    cmp %rsi, %rcx
+    sete %al                            # %rax = its owner so far: OWNER_GONE, or 0
+    lock cmpxchg %rdx, 0x7fffffff(%rcx)
+    memprof_patch {OWNER_DISTANCE}, 4
+    jne 1b
+    movabs ${REDRAW}, %rax
+    mov %rax, {SHARD_COUNTDOWN}(%rcx)
+    mov %rdx, 0x7fffffff(%rcx)          # in no call
+    memprof_patch {CALL_DISTANCE}, 4
+    jmp 1b
 9:  ret
 
 # Gives the shard its next gap.

@@ -58,8 +58,8 @@ fn other_headers_are_refused() {
         Err(ImageError::NotAnImage)
     ));
     let mut later = good.clone();
-    later[8] = 2;
-    assert!(matches!(read_header(&later), Err(ImageError::Version(2))));
+    later[8] = 3;
+    assert!(matches!(read_header(&later), Err(ImageError::Version(3))));
     for at in 0..56 {
         for value in [0, 1, 0x7f, 0xff] {
             let mut bad = good.clone();

@@ -9,9 +9,10 @@ use memprof_common::{
     function::Function,
     prefilter::{
         ASLEEP, BUCKET_BYTES, HEADER_CREDIT, HEADER_GENERATION, HEADER_RING_HEAD, HEADER_RING_TAIL,
-        HEADER_STARVED, HEADER_UNSHARDED, PRIVATE_CALL, PRIVATE_OWNER, RING_ENTRIES,
-        RING_ENTRY_BYTES, SHARD_BYTES, SHARD_BYTES_ASKED, SHARD_CALL_CLASSES, SHARD_CALLS,
-        SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, bucket_of, home_shard,
+        HEADER_STARVED, HEADER_UNMARKED, HEADER_UNSHARDED, OWNER_GONE, PRIVATE_CALL, PRIVATE_OWNER,
+        RING_ENTRIES, RING_ENTRY_BYTES, SHARD_BYTES, SHARD_BYTES_ASKED, SHARD_CALL_CLASSES,
+        SHARD_CALLS, SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, bucket_of,
+        home_shard,
     },
 };
 
@@ -248,6 +249,10 @@ impl Rig {
         self.word(HEADER_UNSHARDED).load(SeqCst)
     }
 
+    pub(super) fn unmarked(&self) -> u64 {
+        self.word(HEADER_UNMARKED).load(SeqCst)
+    }
+
     /// Over all shards: calls, bytes, frees.
     pub(super) fn totals(&self) -> (u64, u64, i64) {
         let words = self.words(self.geometry.shards_offset()..self.geometry.shared_bytes());
@@ -324,11 +329,26 @@ impl Rig {
 
     /// Gives a shard away, so that its thread finds it taken.
     pub(super) fn give_away(&self, shard: usize) {
+        self.set_owner(shard, 16, 16);
+    }
+
+    /// Gives a shard back, as of a thread that has ended.
+    pub(super) fn give_back(&self, shard: usize) {
+        self.set_owner(shard, OWNER_GONE, 0);
+    }
+
+    fn set_owner(&self, shard: usize, owner: u64, call: u64) {
         let shard = self
             .geometry
             .shard_offset(shard % self.geometry.shards as usize);
-        let owner = shard + self.geometry.p_delta() + PRIVATE_OWNER;
-        self.word(owner).store(16, SeqCst);
+        let block = shard + self.geometry.p_delta();
+        self.word(block + PRIVATE_OWNER).store(owner, SeqCst);
+        self.word(block + PRIVATE_CALL).store(call, SeqCst);
+    }
+
+    /// This thread's home.
+    pub(super) fn home(&self) -> usize {
+        home_shard(thread_pointer(), self.geometry.shards) as usize
     }
 }
 

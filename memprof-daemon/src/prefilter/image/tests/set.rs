@@ -245,4 +245,5 @@ fn settles_without_a_shard() {
     });
     assert!(rig.set().is_empty());
     assert_eq!(rig.unsharded(), 3);
+    assert_eq!(rig.unmarked(), 0);
 }

@@ -35,6 +35,8 @@ struct Plan {
     left: u32,
     /// What the handler's calls were: inside another call, or counted.
     nested: Option<bool>,
+    /// A shard that is given back at that step.
+    given_back: Option<usize>,
 }
 
 thread_local! {
@@ -61,6 +63,9 @@ pub(super) fn on_step(registers: &mut [libc::greg_t; 23]) {
         PLAN.set(Some(plan));
         return;
     }
+    if let Some(shard) = plan.given_back {
+        rig.give_back(shard);
+    }
     plan.nested = Some(rig.own_shard().is_some() && rig.call_frame().unwrap_or(0) != 0);
     PLAN.set(Some(plan));
     let block = rig.malloc(16);
@@ -70,11 +75,23 @@ pub(super) fn on_step(registers: &mut [libc::greg_t; 23]) {
 /// Makes a call, and interrupts it at the step with this number of those inside the image.
 /// Whether the handler's calls were inside another; `None` if the call had fewer steps.
 fn interrupt(rig: &Rig, function: Function, arguments: [u64; 3], step: u32) -> Option<bool> {
+    interrupt_and_give_back(rig, function, arguments, step, None)
+}
+
+/// As [`interrupt`]; besides, a shard is given back at that step.
+pub(super) fn interrupt_and_give_back(
+    rig: &Rig,
+    function: Function,
+    arguments: [u64; 3],
+    step: u32,
+    given_back: Option<usize>,
+) -> Option<bool> {
     let function = rig.function(function);
     PLAN.set(Some(Plan {
         rig,
         left: step,
         nested: None,
+        given_back,
     }));
     // SAFETY: sets the trap flag, and clears it again; the handler passes over steps
     // outside of the image.
