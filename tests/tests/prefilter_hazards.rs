@@ -16,8 +16,10 @@ use memprof_tests::{
     daemon::eventually,
     engine::cleanup,
     hold::{Hold, maps},
-    memprof, target,
-    targets::copy_program,
+    memprof,
+    profile::Frame,
+    target,
+    targets::{copy_program, target_with},
 };
 use nix::sys::signal::Signal;
 
@@ -335,4 +337,43 @@ fn threads_that_come_and_go() {
     assert_as_in_file(pid);
     target.close_stdin();
     target.finish().expect_code(0);
+}
+
+/// Check that the stacks of a signal handler that allocates, wherever in a stub or in the function
+/// behind it the program was interrupted, lead through that to `main`, and that no call of either
+/// is missed.
+#[test]
+fn handler_that_allocates() {
+    const TURNS: u64 = 40_000;
+    for flags in [&["-fno-builtin"][..], &["-fno-builtin", "-static"]] {
+        let dir = TempDir::new("hazards");
+        let mut command = target_with("alarmed.c", flags).command(&[&TURNS.to_string()]);
+        let recorded = Record::every_allocation(&dir)
+            .options(PREFILTER)
+            .options(&["--ring-size", "64MiB"])
+            .attach(&mut command, End::Interrupt);
+        let process = recorded.process();
+        assert_eq!(process.engine, "prefilter");
+        let alarms = recorded.target.value("alarms");
+        let made = |function: &str| process.leaf_totals(function).alloc_objects;
+        assert_eq!(made("in_main"), TURNS / 2);
+        assert_eq!(made("zeroed_in_main"), TURNS / 2);
+        // One that interrupts a followed call is within it, and not counted.
+        let told = made("in_handler");
+        assert!(told <= alarms && told > 20, "{told} of {alarms}");
+        assert_eq!(process.exact().alloc_calls, process.totals().alloc_objects);
+        let is_stub = |frame: &Frame| {
+            let module = frame.module.as_deref();
+            module.is_some_and(|module| module.contains("memprof-prefilter"))
+        };
+        let mut through_stubs = 0;
+        for stack in process.with_leaf("in_handler") {
+            assert_eq!(stack.end, "complete", "{stack:#?}");
+            assert!(stack.names().contains(&"main"), "{stack:#?}");
+            if stack.frames.iter().any(is_stub) {
+                through_stubs += stack.alloc_objects;
+            }
+        }
+        assert!(through_stubs > 10, "{through_stubs} of {told}");
+    }
 }

@@ -14,7 +14,7 @@ use std::{
 use memprof_common::prefilter::SiteKind;
 use tokio::sync::oneshot;
 
-use super::{prober::ProberHandle, scan::Scanner};
+use super::{prober::ProberHandle, scan::Scanner, tables::FileTable};
 use crate::{
     address::FileOffset,
     prefilter::{
@@ -39,7 +39,15 @@ use crate::{
 };
 
 /// What comes of an installation.
-pub(super) type Outcome = oneshot::Receiver<Result<Attached, PrefilterError>>;
+pub(super) type Outcome = oneshot::Receiver<Result<Installed, PrefilterError>>;
+
+/// What has been put into a process.
+#[derive(Debug)]
+pub(super) struct Installed {
+    pub(super) attached: Attached,
+    /// How stacks are walked through it.
+    pub(super) table: FileTable,
+}
 
 /// Work for the thread that holds a process.
 pub type Job = Box<dyn FnOnce() + Send>;
@@ -86,7 +94,11 @@ impl Installation {
             }
         };
         let job: Job = Box::new(move || {
-            let _ = sender.send(self.run(grip));
+            let installed = self.run(grip).map(|attached| Installed {
+                table: self.scanner.table_of_stubs(&attached.rows),
+                attached,
+            });
+            let _ = sender.send(installed);
         });
         if let Holder::Thread(thread) = holder {
             let _ = thread.send(job);
@@ -96,7 +108,7 @@ impl Installation {
         outcome
     }
 
-    fn run(self, grip: Grip) -> Result<Attached, PrefilterError> {
+    fn run(&self, grip: Grip) -> Result<Attached, PrefilterError> {
         // Those before may have had to stop it, too.
         let _turn = Turn::wait(self.pid);
         // First of all: from then on the pid is this process's.
@@ -108,7 +120,7 @@ impl Installation {
         let order = Order {
             process: &process,
             grip,
-            find: &self,
+            find: self,
             image: self.data.clone(),
             geometry,
             interval_bytes: self.interval_bytes,

@@ -12,7 +12,9 @@ use super::{
 };
 use crate::{
     golang::{self, FoundGo, GoFiles},
-    prefilter::{error::DetachError, leftover, tracer::with_tracer, turn::Turn},
+    prefilter::{
+        error::DetachError, leftover, stack_rows::FileRows, tracer::with_tracer, turn::Turn,
+    },
     probe::{
         attach::FileId,
         find::{AllocatorModule, Finder},
@@ -151,6 +153,11 @@ impl Scanner {
             lock(&self.recent).insert((file.device, file.inode), recent);
         }
         table
+    }
+
+    /// The unwind table of what has been put into a process.
+    pub(super) fn table_of_stubs(&self, file: &FileRows) -> FileTable {
+        self.tables.of_stubs(file)
     }
 
     /// Lets go of files that were not met for so long.

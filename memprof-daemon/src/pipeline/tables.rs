@@ -7,11 +7,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use memprof_common::unwind::table::{MappingEntry, MappingKind, SLAB_WORDS};
+use memprof_common::unwind::{
+    rule::Rule,
+    table::{MappingEntry, MappingKind, SLAB_WORDS},
+};
 use tracing::{debug, warn};
 
 use crate::{
     address::VirtOffset,
+    prefilter::stack_rows::FileRows,
     probe::arena::{Arena, ArenaError, SlabMaker, Words},
     process::{
         content::Content,
@@ -127,6 +131,41 @@ impl TableStore {
             // There may be room later.
             Err(error) => {
                 warn!(%path, %error, "stacks through this file will be cut");
+                FileTable::Missing
+            }
+        }
+    }
+
+    /// The table of stubs of the prefilter.
+    pub(super) fn of_stubs(&self, file: &FileRows) -> FileTable {
+        // Addresses are places in the file.
+        let origin = file.code.first().map_or(0, |code| code.offset.0);
+        let rules: Vec<(u32, Rule)> = file
+            .code
+            .iter()
+            .flat_map(|code| {
+                let begin = code.offset.0.saturating_sub(origin) as u32;
+                code.rows
+                    .iter()
+                    .map(move |&(offset, rule)| (begin.saturating_add(offset), rule))
+            })
+            .collect();
+        let segments = file.code.iter().map(|code| Segment {
+            file_offset: code.offset,
+            address: VirtOffset(code.offset.0),
+            file_size: code.bytes,
+            executable: true,
+        });
+        let loaded = unwind::of_rules(VirtOffset(origin), &rules)
+            .map_err(|error| error.to_string())
+            .and_then(|table| {
+                self.load(&table, segments.collect())
+                    .map_err(|error| error.to_string())
+            });
+        match loaded {
+            Ok(table) => FileTable::Loaded(table),
+            Err(error) => {
+                warn!(error, "stacks of handlers that interrupt stubs will be cut");
                 FileTable::Missing
             }
         }

@@ -7,6 +7,7 @@ use std::{
     fmt,
     fs::File,
     ops::Range,
+    os::unix::fs::MetadataExt as _,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -25,6 +26,7 @@ use super::{
     map,
     moves::Move,
     plan::{self, Plan},
+    stack_rows::FileRows,
     step::{self, Step},
     stop::Stopped,
     stop_error::StopError,
@@ -225,6 +227,8 @@ pub struct Attached {
     pub image: Image,
     /// The daemon's view of the data; none if it was there before.
     pub data: Option<SharedData>,
+    /// How stacks are walked through it.
+    pub rows: FileRows,
     /// How long the process was stopped.
     pub stopped: StoppedTime,
 }
@@ -260,7 +264,7 @@ fn attach_as_planned(
 ) -> Result<Attached, PrefilterError> {
     let pid = order.process.pid();
     let modules = order.find.find()?;
-    let plan = plan::plan(order, &modules)?;
+    let mut plan = plan::plan(order, &modules)?;
     step::done(Step::Checked);
     let file = {
         // All threads: beside others that run, those that make calls would wait for a processor
@@ -277,7 +281,11 @@ fn attach_as_planned(
     };
     step::done(Step::Mapped);
     let image = plan.image();
+    let code = plan.rows();
     let put = make_data(order, &plan, &file).and_then(|data| {
+        let metadata = file
+            .metadata()
+            .map_err(PrefilterError::io("look at the memory file"))?;
         probes
             .attach(&file, &plan.sites)
             .map_err(PrefilterError::Sites)?;
@@ -286,15 +294,21 @@ fn attach_as_planned(
         if written.is_err() {
             probes.detach();
         }
-        written.map(|()| data)
+        let rows = FileRows {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            code,
+        };
+        written.map(|()| (data, rows))
     });
     match put {
-        Ok(data) => Ok(Attached {
+        Ok((data, rows)) => Ok(Attached {
             image: Image {
                 files: vec![file],
                 ..image
             },
             data,
+            rows,
             stopped: *time,
         }),
         Err(error) => {

@@ -15,6 +15,7 @@ use super::{
     layout::Geometry,
     moves::Move,
     relocate::{JUMP_BYTES, MAX_RELOCATED_BYTES, Refusal, jump},
+    stack_rows::{self, CALLED, Entered, Row},
     stubs::{self, Extent, PatchKind, Template},
 };
 
@@ -90,6 +91,8 @@ pub struct CodeImage {
     pub sites: Vec<(SiteKind, u64)>,
     /// Places in the functions and in the image that mean the same.
     pub moves: Vec<Move>,
+    /// How stacks are walked through it.
+    pub rows: Vec<Row>,
 }
 
 /// Whether the allocator's `malloc` may call another function that has a hook: that of
@@ -152,6 +155,7 @@ pub fn assemble_for(
         bytes: vec![0; header_bytes],
         sites: Vec::new(),
         moves: Vec::new(),
+        entered: Vec::new(),
     };
     image.copy(0..stubs::common_end() as usize, None)?;
     let mut patches = Vec::with_capacity(hooks.len());
@@ -162,8 +166,10 @@ pub fn assemble_for(
         mut bytes,
         sites,
         moves,
+        entered,
         ..
     } = image;
+    let rows = stack_rows::rows(&bytes, at, &entered);
     bytes.resize(bytes.len().next_multiple_of(PAGE_BYTES), INT3);
     let header = ImageHeader {
         code: at..at.wrapping_add(bytes.len() as u64),
@@ -177,6 +183,7 @@ pub fn assemble_for(
         patches: header.patches,
         sites,
         moves,
+        rows,
     })
 }
 
@@ -202,6 +209,7 @@ struct Assembly {
     bytes: Vec<u8>,
     sites: Vec<(SiteKind, u64)>,
     moves: Vec<Move>,
+    entered: Vec<Entered>,
 }
 
 impl Assembly {
@@ -232,6 +240,10 @@ impl Assembly {
             .map_err(|source| ImageError::Relocation { symbol, source })?;
         self.bytes.extend(relocated.bytes);
         self.moves.extend(relocated.moves);
+        self.entered.push(Entered {
+            at: stub,
+            depth: CALLED,
+        });
         let start = hook.displaced.start();
         self.moves.push(Move {
             text: start,
@@ -251,6 +263,11 @@ impl Assembly {
                 text: entry,
                 image: begin,
             });
+            // It ends at the stub with what a call leaves.
+            let depth = stack_rows::moves_stack_by(&undo)
+                .and_then(|moved| CALLED.checked_add_signed(moved));
+            self.entered
+                .extend(depth.map(|depth| Entered { at: begin, depth }));
             let from = self.at + self.bytes.len() as u64;
             let Some(jump) = jump(from, stub) else {
                 return Err(out_of_reach);

@@ -36,6 +36,7 @@ mod remote;
 mod restart;
 mod shared;
 mod sharing;
+pub mod stack_rows;
 mod step;
 pub mod stop;
 pub mod stop_error;

@@ -19,6 +19,7 @@ use super::{
     map::{FILE_NAME, pages},
     moves::Move,
     place::free_places,
+    stack_rows::{CodeRows, Row},
     stop::Stopped,
     stop_error::StopError,
     within::mapping_at,
@@ -37,6 +38,8 @@ pub(super) struct PlannedCode {
     pub(super) offset: u64,
     /// Whole pages, or less.
     pub(super) bytes: Vec<u8>,
+    /// How stacks are walked through it.
+    rows: Vec<Row>,
 }
 
 /// What is to be mapped and written.
@@ -108,6 +111,7 @@ pub(super) fn plan(order: &Order<'_>, modules: &[ModuleHooks]) -> Result<Plan, P
             range,
             offset,
             bytes: image.bytes,
+            rows: image.rows,
         });
         let in_file = |&(kind, within): &(SiteKind, u64)| (kind, FileOffset(offset + within));
         sites.extend(image.sites.iter().map(in_file));
@@ -246,6 +250,18 @@ impl Plan {
                 && bytes == text.bytes
         };
         Ok(has_data && self.text.iter().all(is_same))
+    }
+
+    /// How stacks are walked through it, by where it is in its file.
+    pub(super) fn rows(&mut self) -> Vec<CodeRows> {
+        let codes = self.code.iter_mut();
+        codes
+            .map(|code| CodeRows {
+                offset: FileOffset(code.offset),
+                bytes: code.range.end - code.range.start,
+                rows: std::mem::take(&mut code.rows),
+            })
+            .collect()
     }
 
     /// What it puts into the process.

@@ -16,10 +16,14 @@ mod table;
 
 use std::{fs::File, io::Write as _, os::fd::OwnedFd};
 
+use memprof_common::unwind::rule::Rule;
 use thiserror::Error;
 
 pub use self::table::Table;
-use crate::process::elf::{ElfError, ElfLayout};
+use crate::{
+    address::VirtOffset,
+    process::elf::{ElfError, ElfLayout},
+};
 
 /// Why a file has no table.
 #[derive(Debug, Error)]
@@ -53,6 +57,24 @@ pub fn compile(file: &File) -> Result<Table, CompileError> {
     let section = section::read(file, &layout)?;
     let code = rows::Code::of(&layout)?;
     table::build(&code, rows::collect(&section, &code)?)
+}
+
+/// The table of code of which the rules are known otherwise: each holds from its address, relative
+/// to `origin`, to the next, the last being [`Rule::NONE`].
+///
+/// # Errors
+///
+/// [`CompileError::NoUnwindInfo`] if there are none.
+pub fn of_rules(origin: VirtOffset, rules: &[(u32, Rule)]) -> Result<Table, CompileError> {
+    let mut rows = rows::Rows::default();
+    for pair in rules.windows(2) {
+        if let &[(start, rule), (end, _)] = pair
+            && rule != Rule::NONE
+        {
+            rows.push(start..end, rule);
+        }
+    }
+    table::build(&rows::Code::at(origin), rows)
 }
 
 /// Compiles the unwind information of an ELF file that is in memory, which the vDSO is.

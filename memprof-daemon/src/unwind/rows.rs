@@ -63,6 +63,14 @@ impl Code {
         })
     }
 
+    /// Of which only the origin matters.
+    pub(super) const fn at(origin: VirtOffset) -> Self {
+        Self {
+            origin,
+            ranges: Vec::new(),
+        }
+    }
+
     /// The part of a function that is in the segment it begins in.
     fn clamp(&self, start: u64, end: u64) -> Option<(u64, u64)> {
         let range = self
@@ -94,6 +102,18 @@ pub(super) struct Rows {
     pub(super) wide: WideRules,
     /// Functions that were left out, since what describes them is damaged.
     pub(super) damaged: u32,
+}
+
+impl Rows {
+    /// Adds code with one rule.
+    pub(super) fn push(&mut self, range: Range<u32>, rule: Rule) {
+        self.rows.push((range.start, rule));
+        self.functions.push(Function {
+            start: range.start,
+            end: range.end,
+            rows_end: self.rows.len() as u32,
+        });
+    }
 }
 
 pub(super) fn collect(bytes: &Bytes, code: &Code) -> Result<Rows, CompileError> {

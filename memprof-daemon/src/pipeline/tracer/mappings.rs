@@ -48,7 +48,7 @@ impl Tracer {
             .filter(|mapping| mapping.start.0 < USER_SPACE_END)
             .map(|mapping| {
                 let table = match &mapping.file {
-                    Some(file) => target.tables.get(&(file.device, file.inode)),
+                    Some(file) => target.table_of((file.device, file.inode)),
                     None if mapping.name == "[vdso]" => Some(&vdso),
                     None => None,
                 };

@@ -1,7 +1,7 @@
 //! Targets with the prefilter: in, out, and its data in between.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,8 @@ use super::{Command, Tracer, attaching::SiteBatch, random_seed};
 use crate::{
     export::profile::{Engine, ProbeSite},
     pipeline::{
-        install::{Installation, take_out},
+        install::{Installation, Installed, take_out},
+        tables::FileTable,
         target::{State, Target, TargetError},
     },
     prefilter::{
@@ -50,6 +51,8 @@ pub(in crate::pipeline) struct Prefilter {
     pub(super) data: SharedData,
     /// When shards of threads that have ended are given back.
     pub(super) pace: Pace,
+    /// How stacks are walked through it, by device and inode of its files.
+    tables: HashMap<(u64, u64), FileTable>,
 }
 
 impl Prefilter {
@@ -79,7 +82,7 @@ pub(in crate::pipeline) struct Hooked {
     image: ImageId,
     modules: Vec<AllocatorModule>,
     batch: SiteBatch,
-    result: Result<Attached, PrefilterError>,
+    result: Result<Installed, PrefilterError>,
     time: Duration,
 }
 
@@ -193,11 +196,11 @@ impl Tracer {
             target.forget_places(&batch);
         }
         match result {
-            Ok(attached) if is_present => self.keep(pid, batch, attached, time),
+            Ok(installed) if is_present => self.keep(pid, batch, installed, time),
             // The program was replaced meanwhile: before it was hooked or after.
-            Ok(attached) => {
+            Ok(installed) => {
                 target.jobs = target.jobs.saturating_sub(1);
-                self.discard(pid, attached.image);
+                self.discard(pid, installed.attached.image);
             }
             Err(error) if !is_present => {
                 target.jobs = target.jobs.saturating_sub(1);
@@ -211,7 +214,7 @@ impl Tracer {
         self.leave_if_asked(pid);
     }
 
-    fn keep(&mut self, pid: u32, batch: SiteBatch, attached: Attached, time: Duration) {
+    fn keep(&mut self, pid: u32, batch: SiteBatch, installed: Installed, time: Duration) {
         let interval_bytes = self.config().interval_in_force();
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
@@ -219,13 +222,18 @@ impl Tracer {
         let Attached {
             image,
             data,
+            rows,
             stopped,
-        } = attached;
+        } = installed.attached;
+        let file = (rows.device, rows.inode);
         target.stopped.join(stopped);
         target.image_bytes += image.bytes();
         debug!(pid, ?stopped, bytes = image.bytes(), "the prefilter is in");
         match (&mut target.choice, data) {
-            (Choice::Prefilter(prefilter), _) => prefilter.image.absorb(image),
+            (Choice::Prefilter(prefilter), _) => {
+                prefilter.image.absorb(image);
+                prefilter.tables.insert(file, installed.table);
+            }
             (choice, Some(mut data)) => {
                 // It may have changed since.
                 data.set_interval(interval_bytes);
@@ -233,6 +241,7 @@ impl Tracer {
                     image,
                     data,
                     pace: Pace::default(),
+                    tables: HashMap::from([(file, installed.table)]),
                 }));
                 if !matches!(target.state, State::Attaching) {
                     info!(pid, "the new program is hooked");
@@ -240,6 +249,7 @@ impl Tracer {
             }
             (_, None) => {}
         }
+        self.publish_mappings(pid);
         self.attach_done(pid, batch, Ok(time));
     }
 
@@ -312,6 +322,15 @@ impl Target {
         for place in &batch.places {
             self.probed.remove(place);
         }
+    }
+
+    /// How stacks are walked through a file, if that is known yet.
+    pub(in crate::pipeline) fn table_of(&self, file: (u64, u64)) -> Option<&FileTable> {
+        let stubs = match &self.choice {
+            Choice::Prefilter(prefilter) => prefilter.tables.get(&file),
+            Choice::Open | Choice::Uprobe(_) => None,
+        };
+        stubs.or_else(|| self.tables.get(&file))
     }
 
     /// What the stubs have counted, for the present image.

@@ -12,4 +12,5 @@ mod signals;
 mod sites;
 mod speed;
 mod threads;
+mod walks;
 mod ways;

@@ -14,11 +14,16 @@ use memprof_common::{
         SHARD_CALLS, SHARD_COUNTDOWN, SHARD_FREES, SHARD_GENERATION, SHARD_INTERVAL, bucket_of,
         home_shard,
     },
+    unwind::rule::Rule,
 };
 
 use super::super::{CodeImage, MallocNests, assemble_for};
 use super::sites;
-use crate::prefilter::{hooks::Hook, layout::Geometry, relocate::displace};
+use crate::prefilter::{
+    hooks::Hook,
+    layout::Geometry,
+    relocate::{Displaced, Refusal, displace, displace_behind_first},
+};
 
 /// Small tables.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -60,11 +65,29 @@ impl Rig {
         Self::with_code(geometry, nests, &codes)
     }
 
+    /// As [`Self::new`]; the functions' first instructions stay in their places.
+    pub(super) fn behind_first(functions: &[(Function, usize)]) -> Self {
+        let codes: Vec<_> = functions
+            .iter()
+            .map(|&(function, rust)| (function, call_through(rust)))
+            .collect();
+        Self::displaced(GEOMETRY, MallocNests::No, &codes, displace_behind_first)
+    }
+
     /// Functions with this code.
     pub(super) fn with_code(
         geometry: Geometry,
         nests: MallocNests,
         codes: &[(Function, Vec<u8>)],
+    ) -> Self {
+        Self::displaced(geometry, nests, codes, displace)
+    }
+
+    fn displaced(
+        geometry: Geometry,
+        nests: MallocNests,
+        codes: &[(Function, Vec<u8>)],
+        displace: impl Fn(&[u8], u64) -> Result<Displaced, Refusal>,
     ) -> Self {
         let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let code = map(
@@ -313,10 +336,22 @@ impl Rig {
             .load(SeqCst)
     }
 
+    /// Where the image is.
+    pub(super) fn image_at(&self) -> u64 {
+        (self.code + IMAGE_OFFSET) as u64
+    }
+
     /// Whether it is the address of code of the image.
     pub(super) fn is_code(&self, address: u64) -> bool {
-        let start = (self.code + IMAGE_OFFSET) as u64;
+        let start = self.image_at();
         (start..start + self.image.bytes.len() as u64).contains(&address)
+    }
+
+    /// How to get from the instruction at an address of the image to its caller.
+    pub(super) fn rule_at(&self, address: u64) -> Rule {
+        let offset = (address - self.image_at()) as u32;
+        let behind = self.image.rows.partition_point(|row| row.0 <= offset);
+        self.image.rows[behind - 1].1
     }
 
     /// The call that this thread is in.

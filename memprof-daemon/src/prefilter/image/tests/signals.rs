@@ -45,6 +45,7 @@ thread_local! {
 
 /// A single step has been made.
 pub(super) fn on_step(registers: &mut [libc::greg_t; 23]) {
+    super::walks::on_step(registers);
     let at = registers[libc::REG_RIP as usize].cast_unsigned();
     let Some(mut plan) = PLAN.get() else {
         return;
