@@ -94,6 +94,9 @@ pub enum TargetError {
     /// The table of targets is full.
     #[error("{0} processes are traced already, which is as many as one memprof can")]
     TooMany(u32),
+    /// There is no memory for it.
+    #[error("process {0} is not taken on: memory is short, raise --max-memory or -i")]
+    OverLimit(u32),
     /// It ended before all was set up.
     #[error("process {0} exited while probes were being attached")]
     Exited(u32),
@@ -267,6 +270,7 @@ impl Image {
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);
         losses.insert("replaced_allocations", tally.replaced_allocations);
+        losses.insert("stacks_full", tally.stacks_full);
         losses
     }
 }

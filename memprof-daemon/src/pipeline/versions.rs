@@ -108,6 +108,11 @@ impl StackVersions {
         number
     }
 
+    /// What is known takes so many bytes, roughly.
+    pub(super) fn bytes(&self) -> usize {
+        self.known.capacity() * (size_of::<(StackKey, Known)>() + 1)
+    }
+
     fn get(&self, stack: StackId) -> Option<&Version> {
         let place = usize::try_from(stack.version.checked_sub(1)?).ok()?;
         self.known.get(&stack.key)?.versions.get(place)

@@ -6,7 +6,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "bpf(2) beyond what aya has, and what must run in children before exec"
+    reason = "bpf(2) beyond what aya has, what must run in children before exec, and malloc_trim"
 )]
 
 pub mod arena;
@@ -17,10 +17,12 @@ pub(crate) mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
+pub mod map_bytes;
 mod mapped;
 pub mod mode;
 pub mod object;
 mod occupancy;
+pub mod own_heap;
 pub mod point;
 pub mod programs;
 pub mod requirements;

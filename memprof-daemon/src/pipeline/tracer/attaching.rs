@@ -59,6 +59,11 @@ impl Tracer {
             let _ = reply.send(Err(TargetError::Already(pid)));
             return;
         }
+        if self.memory.refuses_targets() {
+            self.count_refused_target();
+            let _ = reply.send(Err(TargetError::OverLimit(pid)));
+            return;
+        }
         let Some(slot) = self.take_slot() else {
             let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
             return;

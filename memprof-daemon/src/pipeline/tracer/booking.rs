@@ -94,6 +94,14 @@ impl Tracer {
         if self.ledger.knows_stack(stack) {
             return;
         }
+        if !self.ledger.has_room_for_stacks() {
+            // Nobody will have it: it makes room in BPF with the others.
+            if self.refused_stacks.insert(stack) {
+                self.make_room_for_stacks();
+            }
+            return;
+        }
+        self.refused_stacks.remove(&stack);
         match self.stack_map.get(&stack, 0) {
             Ok(record) => {
                 self.ledger.add_stack(stack, trace(&record));
@@ -144,15 +152,15 @@ impl Tracer {
         }
     }
 
-    /// Once the BPF map is three quarters full of stacks that the ledger has,
-    /// they make room. BPF puts one back when it is captured again, under the
+    /// Once the BPF map is three quarters full of stacks that the ledger has, or has no room
+    /// for, they make room. BPF puts one back when it is captured again, under the
     /// same name, since the name is a hash of the frames.
     fn make_room_for_stacks(&mut self) {
-        let limit = self.options.sizes.stack_entries as usize / 4 * 3;
-        if self.learnt.len() < limit.max(1) {
+        let limit = self.memory.budget.sizes.stack_entries as usize / 4 * 3;
+        if self.learnt.len() + self.refused_stacks.len() < limit.max(1) {
             return;
         }
-        for stack in self.learnt.drain(..) {
+        for stack in self.learnt.drain(..).chain(self.refused_stacks.drain()) {
             if let Err(error) = self.stack_map.remove(&stack) {
                 debug!(%error, "cannot remove a stack from the BPF map");
             }
@@ -211,7 +219,7 @@ impl Tracer {
 
     /// Brings the books to the state of the live map; the order of the steps is
     /// [`crate::ledger::Ledger::begin_sweep`]'s.
-    fn sweep(&mut self) {
+    pub(super) fn sweep(&mut self) {
         self.drain_ring();
         self.ledger.begin_sweep();
         let entries = match self.live_map.read_all() {

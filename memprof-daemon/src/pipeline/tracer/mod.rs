@@ -3,6 +3,7 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
+//! `memory` keeps below the limit,
 //! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
@@ -20,6 +21,7 @@ mod life;
 mod manner;
 mod mappings;
 mod marks;
+mod memory;
 pub(super) mod prefilter;
 mod reporting;
 pub(super) mod rules;
@@ -30,14 +32,17 @@ pub(super) mod targets;
 mod totals;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::{
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    util::nr_cpus,
+};
 use memprof_common::{
     config::{TargetConfig, Unwind},
     counters::{COUNTERS, TargetCounters},
@@ -57,8 +62,9 @@ pub use self::{
     system::Everyone,
     targets::{LeaveError, Left},
 };
-use self::{handle::Command, marks::Mark, slots::Slots, system::System};
+use self::{handle::Command, marks::Mark, memory::Memory, slots::Slots, system::System};
 use super::{
+    budget::{Budget, Host, MaxMemory, TooLittle, WantedSizes},
     prober::ProberHandle,
     scan::Scanner,
     stack_copies::StackCopies,
@@ -72,7 +78,7 @@ use crate::{
     ledger::Ledger,
     probe::{
         live_map::LiveMap,
-        loader::{self, LoadError, LoadOptions, Sizes},
+        loader::{self, LoadError, LoadOptions},
         mode::{ModeChoice, ProbeMode},
         walker::Walker,
     },
@@ -82,6 +88,7 @@ use crate::{
         mmap_events::{MmapAlarm, MmapEvents, MmapEventsError, Scope},
     },
     sample::{ImageId, Sample},
+    symbolize::SymbolizeHandle,
 };
 
 /// What a tracer is started with.
@@ -91,8 +98,10 @@ pub struct TracerOptions {
     pub sample_interval_bytes: u64,
     /// Frames to keep of a stack.
     pub stack_depth: u32,
-    /// Sizes of the BPF maps.
-    pub sizes: Sizes,
+    /// How much memory may be taken.
+    pub max_memory: MaxMemory,
+    /// Sizes of the BPF maps that are to be what they are, whatever that leaves for others.
+    pub sizes: WantedSizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
     /// Every process is traced that rules let pass, once that is
@@ -123,6 +132,9 @@ pub enum StartError {
     /// The kernel does not tell about new mappings.
     #[error("cannot watch for new executable mappings")]
     MmapEvents(#[from] MmapEventsError),
+    /// There is not enough memory for it.
+    #[error(transparent)]
+    TooLittleMemory(#[from] TooLittle),
     /// All processes are to be traced, and none may be written to unasked.
     #[error("all processes are traced by uprobes, which write to none: not with --probe prefilter")]
     NotByPrefilter,
@@ -172,6 +184,9 @@ pub struct Tracer {
     stack_map: HashMap<MapData, StackKey, StackRecord>,
     /// Stacks that are in the BPF map and in the ledger.
     learnt: Vec<StackKey>,
+    /// Stacks that are in the BPF map, and that the ledger has no room for.
+    refused_stacks: HashSet<StackKey>,
+    memory: Memory,
     /// Known stacks at which those that nobody has are forgotten.
     stacks_wanted: usize,
     stack_seed: u64,
@@ -243,12 +258,15 @@ struct Work {
 }
 
 impl Tracer {
-    /// Loads the BPF programs and starts the task.
+    /// Loads the BPF programs and starts the task. It has `names` forgotten if memory is short.
     ///
     /// # Errors
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
-    pub fn start(mut options: TracerOptions) -> Result<TracerHandle, StartError> {
+    pub fn start(
+        mut options: TracerOptions,
+        names: SymbolizeHandle,
+    ) -> Result<TracerHandle, StartError> {
         let may_write = options.probe_mode.may_write();
         if options.filters.may_write() && !may_write {
             return Err(StartError::NeverWrites);
@@ -261,9 +279,14 @@ impl Tracer {
             }
             options.probe_mode = ModeChoice::Uprobe;
         }
+        let host = Host {
+            cpus: nr_cpus().map_err(|(_, error)| error)? as u64,
+            traces_all: options.all,
+        };
+        let budget = Budget::new(options.max_memory, &options.sizes, host)?;
         let stack_copies = options.stack_copies.as_deref();
         let loaded = loader::load(&LoadOptions {
-            sizes: options.sizes,
+            sizes: budget.sizes,
             mode: options.probe_mode,
             bpf_log: options.bpf_log,
             copy_stacks: stack_copies.is_some(),
@@ -282,9 +305,9 @@ impl Tracer {
         let (sender, commands) = mpsc::channel(QUEUE);
         let (live, live_receiver) = watch::channel(0);
         let log = loaded.log.map(LogReader::new).transpose()?;
-        let tracer = Self {
+        let mut tracer = Self {
             coarsest_interval_bytes: options.sample_interval_bytes,
-            ring: EventRing::new(loaded.maps.events, options.sizes.ring_bytes)?,
+            ring: EventRing::new(loaded.maps.events, budget.sizes.ring_bytes)?,
             options,
             target_map: loaded.maps.targets,
             slot_map: loaded.maps.slots,
@@ -293,6 +316,8 @@ impl Tracer {
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
             learnt: Vec::new(),
+            refused_stacks: HashSet::new(),
+            memory: Memory::new(budget, names),
             stacks_wanted: targets::MANY_STACKS,
             stack_seed: random_seed(),
             mmap_alarm: Some(mmap_events.alarm()?),
@@ -338,8 +363,10 @@ impl Tracer {
             forgotten_targets: 0,
             told_losses: BTreeMap::new(),
         };
+        tracer.look_after_memory();
+        let profiles = tracer.memory.profiles();
         tokio::spawn(tracer.run());
-        Ok(TracerHandle::new(sender, live_receiver))
+        Ok(TracerHandle::new(sender, live_receiver, profiles))
     }
 
     async fn run(mut self) {
@@ -405,6 +432,7 @@ impl Tracer {
             self.undecodable_events += undecodable;
             self.apply_all(&batch);
             batch.clear();
+            self.bound_blocks();
             self.close_replaced();
             self.let_unwanted_go();
             self.write_stack_copies();
@@ -488,6 +516,7 @@ impl Tracer {
         if slow {
             self.scanner.forget_files(HOLD_FILES);
             self.forget_kept();
+            self.look_after_memory();
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory_in_turn();

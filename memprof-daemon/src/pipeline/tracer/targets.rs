@@ -362,7 +362,7 @@ impl Tracer {
 
     /// Forgets the stacks of processes that are forgotten. What was captured is to be booked
     /// before: BPF names a stack, and its frames are read when that name is met first.
-    fn forget_unused_stacks(&mut self) {
+    pub(super) fn forget_unused_stacks(&mut self) {
         self.drain_ring();
         let unused: HashSet<StackKey> = self.ledger.forget_unused_stacks().into_iter().collect();
         for stack in &unused {
