@@ -12,6 +12,7 @@ pub mod dir;
 pub mod engine;
 pub mod hold;
 pub mod http;
+pub mod memory;
 pub mod memprof;
 pub mod openapi;
 pub mod oracle;
