@@ -41,8 +41,8 @@ pub enum User {
     Nobody,
 }
 
-/// `targets/hold.c 10 100`, with musl as a shared library, in a mount and a pid namespace.
-/// Its root has busybox, the C library and the program.
+/// A program with the arguments `10 100`, in a mount and a pid namespace. Its root has busybox,
+/// musl as a shared library and the program.
 pub struct Container {
     /// What made the namespaces, with the streams of the program.
     pub running: Running,
@@ -53,11 +53,17 @@ pub struct Container {
 }
 
 impl Container {
-    /// Starts one with its root in `dir`, and waits until it is ready.
+    /// Starts one of `targets/hold.c` with its root in `dir`, and waits until it is ready.
     #[must_use]
     pub fn start(dir: &TempDir, user: User) -> Self {
+        Self::run(dir, user, &target_with("hold.c", &[MUSL_SPECS]))
+    }
+
+    /// Starts one of another program, which needs no other files.
+    #[must_use]
+    pub fn run(dir: &TempDir, user: User, program: &Target) -> Self {
         let root = dir.path().join("root");
-        make_root(&root);
+        make_root(&root, program.path());
         let mut command = match user {
             User::Root => Command::new("unshare"),
             User::Nobody => {
@@ -88,12 +94,10 @@ impl Container {
     }
 }
 
-fn make_root(root: &Path) {
+fn make_root(root: &Path, program: &Path) {
     for directory in ["bin", "lib", "usr/bin", "proc", "old"] {
         fs::create_dir_all(root.join(directory)).expect("a root directory");
     }
-    let program: Target = target_with("hold.c", &[MUSL_SPECS]);
-    let program = program.path();
     for (from, to) in [
         (Path::new("/bin/busybox"), "/bin/busybox"),
         (Path::new(MUSL_LOADER), MUSL_LOADER),

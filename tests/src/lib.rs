@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod debuginfod;
 pub mod dir;
 pub mod engine;
+pub mod golang;
 pub mod hold;
 pub mod http;
 pub mod memory;

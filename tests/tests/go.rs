@@ -5,8 +5,8 @@ use std::{fs, path::Path, process::Command};
 
 use memprof_tests::{
     Finished, Process, Profile, Running, Target, TempDir,
+    golang::{expect_same, go_version, start, step},
     memprof::memprof,
-    pprof::{TopLine, top_by_default},
     targets::target_with,
 };
 use nix::sys::signal::Signal;
@@ -20,28 +20,6 @@ const BUILDS: [(&str, &[&str]); 4] = [
     ("pie", &["-buildmode=pie"]),
     ("pie, stripped", &["-buildmode=pie", "-ldflags=-s -w"]),
 ];
-
-const VALUES: [&str; 4] = [
-    "alloc_objects",
-    "alloc_space",
-    "inuse_objects",
-    "inuse_space",
-];
-
-fn start(command: &mut Command) -> Running {
-    let running = Running::spawn(command);
-    running.wait_stdout(|line| line == "ready");
-    running
-}
-
-fn step(running: &mut Running) {
-    let done = || running.stdout().matches("done\n").count();
-    let before = done();
-    running.send("go");
-    memprof_tests::daemon::eventually(|| {
-        (running.stdout().matches("done\n").count() > before).then_some(())
-    });
-}
 
 /// Records a running process until this tells it to stop, which is at once.
 fn record(pid: u32, options: &[&str]) -> Finished {
@@ -58,37 +36,6 @@ fn record_json(dir: &TempDir, pid: u32) -> Profile {
     let file = dir.file("profile.json");
     let _ = record(pid, &["-f", "json", "-o", &file]);
     Profile::read(&file)
-}
-
-/// The values of all lines of a profile.
-fn top(dir: &TempDir, file: &str, value: &str) -> Vec<TopLine> {
-    let index = format!("-sample_index={value}");
-    let (_, mut lines) = top_by_default(dir, file, &[&index, "-lines"]);
-    lines.sort_by(|a, b| a.function.cmp(&b.function));
-    lines
-}
-
-/// Fails unless memprof's profile of a process and its own have the same lines, and at each the
-/// same values but for `tolerance`: Go rounds each bucket, memprof each stack.
-fn expect_same(dir: &TempDir, memprofs: &str, own: &str, tolerance: u64) {
-    for value in VALUES {
-        let (memprofs, own) = (top(dir, memprofs, value), top(dir, own, value));
-        assert!(own.len() > 5, "{own:#?}");
-        let is_same = |a: &TopLine, b: &TopLine| {
-            a.function == b.function
-                && a.flat.abs_diff(b.flat) <= tolerance
-                && a.cumulative.abs_diff(b.cumulative) <= tolerance
-        };
-        let without = |lines: &[TopLine], others: &[TopLine]| -> Vec<TopLine> {
-            let missing = |line: &&TopLine| !others.iter().any(|other| is_same(line, other));
-            lines.iter().filter(missing).cloned().collect()
-        };
-        let (more, less) = (without(&memprofs, &own), without(&own, &memprofs));
-        assert!(
-            more.is_empty() && less.is_empty(),
-            "{value}: memprof has {more:#?}, and the program itself {less:#?}"
-        );
-    }
 }
 
 /// Has a process allocate twice, and compares both profiles each time.
@@ -123,13 +70,6 @@ fn sampled() {
     for rate in ["524288", "4096"] {
         compare(&target_with("heap.go", STRIPPED), rate, 100);
     }
-}
-
-fn go_version() -> String {
-    let mut command = Command::new(memprof_tests::targets::go());
-    let finished = Running::spawn(command.args(["env", "GOVERSION"])).finish();
-    finished.expect_code(0);
-    finished.stdout.trim().to_owned()
 }
 
 /// Check what is told of a program: engine, version, rate, inlined functions, stacks that are

@@ -12,6 +12,7 @@ use std::{
 use memprof_tests::{
     Daemon, Running, TempDir,
     daemon::eventually,
+    golang,
     http::{Response, Tcp, parse},
     openapi::Contract,
     target, targets,
@@ -73,7 +74,10 @@ fn every_operation_and_status() {
     fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).expect("its mode");
     let pid = hold.pid();
     let options = ["--listen", "0", "--token-file", &token];
-    let daemon = Daemon::start(&dir, &[pid], &options);
+    // What is told of one beside all else.
+    let go =
+        golang::start(&mut targets::target_with("heap.go", &[]).command(&[&dir.file("own"), "1"]));
+    let daemon = Daemon::start(&dir, &[pid, go.pid()], &options);
     hold.send("go");
     hold.wait_stdout(|line| line == "done");
     let stranger = daemon.tcp();

@@ -203,6 +203,43 @@ fn exec() {
     daemon.stop();
 }
 
+/// Check that programs that were replaced are forgotten like processes that have ended, that
+/// what they have counted stays in their process's sums, and that the last is traced on.
+#[test]
+fn replaced_programs_are_forgotten() {
+    let _alone = alone();
+    let dir = TempDir::new("system");
+    let daemon = everyone(&dir, &["--keep-exited", "3"]);
+    let (exec, hold, large) = (target("exec.c"), target("hold.c"), LARGE.to_string());
+    let mut running = Running::spawn(&mut exec.command(&[exec.text(), hold.text(), "3", &large]));
+    for ready in 1..=3 {
+        eventually(|| (running.stdout().matches("ready\n").count() == ready).then_some(()));
+        running.send("go");
+    }
+    running.wait_stdout(|line| line == "done");
+    let pid = running.pid();
+    let number = |value: &Value| value.as_f64().expect("a number");
+    let process = eventually(|| {
+        let stats = daemon.stats();
+        let listed = stats["processes"].as_array()?;
+        let process = listed.iter().find(|process| process["pid"] == pid)?;
+        let images = process["images"].as_array()?;
+        (images.len() == 1 && images[0]["epoch"] == 2).then(|| process.clone())
+    });
+    // Each program before has asked for five blocks of 111 bytes.
+    let bytes = number(&process["alloc_bytes_per_s"]) * number(&process["traced_s"]);
+    assert_eq!(
+        bytes.round(),
+        (2 * 5 * 111 + 3 * LARGE) as f64,
+        "{process:#}"
+    );
+    go(&mut running, 2);
+    check_calls(&images(&daemon, pid)[0], 6, 6 * LARGE);
+    running.close_stdin();
+    running.finish().expect_code(0);
+    daemon.stop();
+}
+
 /// Check that a forked child has books of its own: its parent's blocks are not in them, and
 /// its own are not in its parent's.
 #[test]

@@ -31,6 +31,7 @@ const SLACK_DESCRIPTORS: u64 = 20;
 /// What the daemon takes at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Usage {
+    /// Without the tables, which the daemon maps: they follow what all programs of the host are.
     resident_bytes: u64,
     /// Descriptors, without the two that watch each process.
     descriptors: u64,
@@ -157,10 +158,11 @@ fn usage(daemon: &Daemon, stats: &Value, live: u64) -> Usage {
     let open = fs::read_dir(format!("/proc/{pid}/fd"))
         .expect("its descriptors")
         .count() as u64;
+    let table_bytes = stats["unwind_table_bytes"].as_u64().expect("a number");
     Usage {
-        resident_bytes: kib.expect("its memory") << 10,
+        resident_bytes: (kib.expect("its memory") << 10).saturating_sub(table_bytes),
         descriptors: open.saturating_sub(2 * live),
-        table_bytes: stats["unwind_table_bytes"].as_u64().expect("a number"),
+        table_bytes,
         stacks: stats["known_stacks"].as_u64().expect("a number"),
     }
 }

@@ -40,12 +40,13 @@ const ABOUT_PROBES: [&str; 13] = [
 
 /// The end-to-end tests to which it does not matter how calls are looked at, and those that
 /// choose it themselves.
-const ONCE: [&str; 29] = [
+const ONCE: &[&str] = &[
     "config",
     "containers",
     "debuginfod",
     "go",
     "go_daemon",
+    "go_system",
     "http_access",
     "http_limits",
     "http_metrics",
@@ -147,6 +148,17 @@ fn end_to_end(
         .args(tests.iter().flat_map(|test| ["--test", test.as_ref()]));
     command.arg("--").arg(PARALLEL_TESTS).args(filter);
     run(&mut command)
+}
+
+/// The tests of Go programs, built with one `go`.
+///
+/// # Errors
+///
+/// A test that fails.
+pub(crate) fn go(workspace: &Path, go: &Path) -> Result<()> {
+    run(cargo(workspace).args(["build", "--package", "memprof-daemon"]))?;
+    let go = go.to_str().context("a path in UTF-8")?;
+    end_to_end(workspace, &[("MEMPROF_GO", go)], &["go"], &[])
 }
 
 /// The tests that draw their input, for so many seconds each. A seed of each is printed:

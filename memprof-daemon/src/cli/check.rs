@@ -5,7 +5,7 @@ use std::{fmt::Write as _, process::ExitCode};
 use clap::Args;
 
 use crate::{
-    golang::{self, FoundGo},
+    golang::{self, FoundGo, GoFiles},
     prefilter::{
         check::{check, require_untraced},
         leftover,
@@ -54,11 +54,12 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         }
     }
     let (files, finder) = (FileStore::default(), Finder::default());
+    let go_files = GoFiles::default();
     for &pid in &args.pids {
         let info = ProcessInfo::read(pid)?;
         check_machine(pid)?;
         let mappings = read_mappings(pid, &files)?;
-        let go = golang::find(pid, &mappings);
+        let go = golang::find(pid, &mappings, &go_files);
         match finder.find_all(pid, &mappings) {
             Ok(modules) => {
                 print!("\n{}", sites(pid, &info.comm, &modules));
@@ -81,9 +82,9 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 
 /// What can be had of a Go program's own heap profile.
 fn go_runtime(pid: u32, comm: &str, found: &FoundGo) -> String {
-    match found {
-        Ok((source, Some(reading))) => {
-            let version = source.program().version();
+    let version = &found.version;
+    match &found.profile {
+        Ok((_, Some(reading))) => {
             let buckets = reading.counts.len();
             let took = reading.took.as_secs_f64() * 1e3;
             format!(
@@ -92,10 +93,7 @@ fn go_runtime(pid: u32, comm: &str, found: &FoundGo) -> String {
                 reading.rate_bytes
             )
         }
-        Ok((source, None)) => {
-            let version = source.program().version();
-            format!("pid {pid} ({comm}): go runtime: {version} has not begun to run")
-        }
+        Ok((_, None)) => format!("pid {pid} ({comm}): go runtime: {version} has not begun to run"),
         Err(error) => format!("pid {pid} ({comm}): go runtime: not profiled: {error}"),
     }
 }

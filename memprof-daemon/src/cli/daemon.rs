@@ -49,16 +49,16 @@ pub(super) struct DaemonArgs {
     )]
     pids: Vec<u32>,
 
-    /// Trace every process, present and future, that maps a known allocator, and that
-    /// --include and --exclude let pass; none is written to unless a rule says so
+    /// Trace every process, present and future, that maps a known allocator or is a Go program,
+    /// and that --include and --exclude let pass; none is written to unless a rule says so
     #[arg(short = 'a', long)]
     all: bool,
 
     #[command(flatten)]
     rules: RuleArgs,
 
-    /// Forget a process so long after its end; what it has counted stays in sums [default:
-    /// 60 with -a, else never]
+    /// Forget a process so long after its end, and a program so long after its process has
+    /// replaced it; what they have counted stays in sums [default: 60 with -a, else never]
     #[arg(long, value_name = "SECONDS", value_parser = parse_wait)]
     keep_exited: Option<Duration>,
 

@@ -28,7 +28,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::file::{ParseError, Parsed};
-use crate::{pipeline::target::TargetError, probe::launch::LaunchError};
+use crate::{
+    pipeline::target::TargetError,
+    probe::{heap::give_back_large, launch::LaunchError},
+};
 
 /// Exit status when something went wrong.
 const FAILURE: u8 = 1;
@@ -74,6 +77,7 @@ enum Command {
 /// Parses the command line and does what it says: the one exit point.
 #[must_use]
 pub fn main() -> ExitCode {
+    give_back_large();
     log::init();
     let Parsed { cli, source } = match file::parse(std::env::args_os().collect()) {
         Ok(parsed) => parsed,

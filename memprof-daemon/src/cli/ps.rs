@@ -1,6 +1,7 @@
 //! `memprof ps`.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     io::{self, Write as _},
     process::ExitCode,
@@ -15,7 +16,9 @@ use crate::export::{losses::sentence, units};
 
 /// List what a running daemon traces, and what it has seen of each process.
 ///
-/// STOPPED is how long a process ever stood still at most while memprof changed it, ATTACH how
+/// GO, of a Go program, is the version of Go, its MemProfileRate, and how old the profile is that its
+/// last garbage collection has published, once memprof has seen one do so; why one is refused
+/// stands below. STOPPED is how long a process ever stood still at most while memprof changed it, ATTACH how
 /// long attaching to it took the kernel. LOST adds up what was lost or came late, of all causes:
 /// `memprof dump` tells which.
 #[derive(Debug, Args)]
@@ -54,9 +57,38 @@ struct Process {
     samples: u64,
     inuse_bytes: u64,
     alloc_bytes_per_s: Option<f64>,
-    losses: std::collections::BTreeMap<String, u64>,
+    losses: BTreeMap<String, u64>,
     longest_stopped_ms: f64,
     attach_ms: f64,
+    go: Option<Go>,
+}
+
+/// What is shown of a Go program.
+#[derive(Debug, Deserialize)]
+struct Go {
+    version: String,
+    mem_profile_rate: Option<u64>,
+    published_s: Option<f64>,
+    refusal: Option<String>,
+}
+
+impl Go {
+    fn cell(&self) -> String {
+        let version = self.version.replace(char::is_control, "?");
+        if self.refusal.is_some() {
+            return format!("{version}, refused");
+        }
+        let rate = match self.mem_profile_rate {
+            None => return format!("{version}, not begun"),
+            Some(0) => ", off".to_owned(),
+            Some(rate) => format!(" every {}", units::bytes(rate)),
+        };
+        let age = self
+            .published_s
+            .map(|age| format!(", {age:.0} s old"))
+            .unwrap_or_default();
+        format!("{version}{rate}{age}")
+    }
 }
 
 pub(super) fn run(args: &PsArgs) -> anyhow::Result<ExitCode> {
@@ -148,14 +180,14 @@ fn limits_in_words(processes: &[Process], stats: Option<Stats>) -> Vec<String> {
     notes
 }
 
-const HEADING: [&str; 10] = [
-    "PID", "STATE", "ENGINE", "SAMPLES", "IN USE", "ALLOC/S", "LOST", "STOPPED", "ATTACH",
+const HEADING: [&str; 11] = [
+    "PID", "STATE", "ENGINE", "SAMPLES", "IN USE", "ALLOC/S", "LOST", "STOPPED", "ATTACH", "GO",
     "COMMAND",
 ];
 
 /// Columns that are words: numbers stand to the right.
-const WORDS: [bool; 10] = [
-    false, true, true, false, false, false, false, false, false, true,
+const WORDS: [bool; 11] = [
+    false, true, true, false, false, false, false, false, false, true, true,
 ];
 
 /// A line a process, those first that hold most. Of those that have ended at most `ended`,
@@ -169,7 +201,7 @@ fn table(processes: &[Process], ended: usize) -> String {
         process.state != "ended" || seen <= ended
     });
     let mut rows = vec![HEADING.map(str::to_owned)];
-    rows.extend(processes.into_iter().map(row));
+    rows.extend(processes.iter().map(|process| row(process)));
     let mut widths = [0; HEADING.len()];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -199,7 +231,24 @@ fn table(processes: &[Process], ended: usize) -> String {
         // As above.
         let _ = writeln!(text, "and {more} that have ended (--ended lists them)");
     }
-    text
+    text + &refusals(&processes)
+}
+
+/// Why Go programs are refused, a line a reason.
+fn refusals(processes: &[&Process]) -> String {
+    let mut pids: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for process in processes {
+        if let Some(reason) = process.go.as_ref().and_then(|go| go.refusal.as_deref()) {
+            pids.entry(reason)
+                .or_default()
+                .push(process.pid.to_string());
+        }
+    }
+    let lines = pids.into_iter().map(|(reason, pids)| {
+        let reason = reason.replace(char::is_control, "?");
+        format!("\nNo Go heap profile of {}: {reason}\n", pids.join(", "))
+    });
+    lines.collect()
 }
 
 fn row(process: &Process) -> [String; HEADING.len()] {
@@ -222,6 +271,7 @@ fn row(process: &Process) -> [String; HEADING.len()] {
         units::count(process.losses.values().sum()),
         milliseconds(process.longest_stopped_ms),
         milliseconds(process.attach_ms),
+        process.go.as_ref().map_or("-".to_owned(), Go::cell),
         // A program can call itself anything.
         process.comm.replace(char::is_control, "?"),
     ]
@@ -249,6 +299,7 @@ mod tests {
             .into(),
             longest_stopped_ms: 0.0,
             attach_ms: 0.0,
+            go: None,
         };
         let memory = Memory {
             max_bytes: Some(64 << 20),
@@ -283,6 +334,7 @@ mod tests {
             losses: [("a".to_owned(), 1), ("b".to_owned(), 2)].into(),
             longest_stopped_ms: 1.25,
             attach_ms: 30.0,
+            go: None,
         };
         let text = table(
             &[
@@ -292,9 +344,9 @@ mod tests {
             0,
         );
         let expected = [
-            " PID  STATE    ENGINE     SAMPLES  IN USE  ALLOC/S  LOST  STOPPED   ATTACH  COMMAND",
-            "4242  tracing  prefilter    1,234   1 MiB        -     3   1.2 ms  30.0 ms  la?[2Jrge",
-            "   7  tracing  prefilter    1,234    10 B    2 KiB     3   1.2 ms  30.0 ms  small",
+            " PID  STATE    ENGINE     SAMPLES  IN USE  ALLOC/S  LOST  STOPPED   ATTACH  GO  COMMAND",
+            "4242  tracing  prefilter    1,234   1 MiB        -     3   1.2 ms  30.0 ms  -   la?[2Jrge",
+            "   7  tracing  prefilter    1,234    10 B    2 KiB     3   1.2 ms  30.0 ms  -   small",
         ];
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines, expected);
@@ -315,6 +367,7 @@ mod tests {
             losses: [].into(),
             longest_stopped_ms: 0.0,
             attach_ms: 0.0,
+            go: None,
         };
         let processes: Vec<Process> = [(1, "tracing"), (2, "ended"), (3, "ended"), (4, "ended")]
             .map(|(pid, state)| process(pid, state))
@@ -329,5 +382,58 @@ mod tests {
         assert_eq!(shown(1), ["4", "1", "and"]);
         let last = "and 3 that have ended (--ended lists them)\n";
         assert!(table(&processes, 0).ends_with(last));
+    }
+
+    /// Check what is said of Go programs, and that those that are refused for the same reason
+    /// share a line.
+    #[test]
+    fn go_programs() {
+        let process = |pid, go| Process {
+            pid,
+            comm: "server".to_owned(),
+            state: "tracing".to_owned(),
+            engine: "go runtime".to_owned(),
+            samples: 0,
+            inuse_bytes: 0,
+            alloc_bytes_per_s: None,
+            losses: BTreeMap::new(),
+            longest_stopped_ms: 0.0,
+            attach_ms: 0.0,
+            go: Some(go),
+        };
+        let go = |rate, published_s, refusal: Option<&str>| Go {
+            version: "go1.22.3".to_owned(),
+            mem_profile_rate: rate,
+            published_s,
+            refusal: refusal.map(str::to_owned),
+        };
+        let processes = [
+            process(1, go(Some(524_288), Some(3.4), None)),
+            process(2, go(Some(524_288), None, None)),
+            process(3, go(Some(0), None, None)),
+            process(4, go(None, None, None)),
+            process(5, go(None, None, Some("it is old"))),
+            process(6, go(None, None, Some("it is old"))),
+        ];
+        let text = table(&processes, 0);
+        let cells = [
+            "go1.22.3 every 512 KiB, 3 s old",
+            "go1.22.3 every 512 KiB",
+            "go1.22.3, off",
+            "go1.22.3, not begun",
+            "go1.22.3, refused",
+            "go1.22.3, refused",
+        ];
+        for (line, cell) in text.lines().skip(1).zip(cells) {
+            let rest = line.split_once("0.0 ms  go").expect("a cell").1;
+            assert_eq!(
+                format!("go{}", rest.trim_end_matches("server").trim()),
+                cell
+            );
+        }
+        assert!(
+            text.ends_with("\nNo Go heap profile of 5, 6: it is old\n"),
+            "{text}"
+        );
     }
 }

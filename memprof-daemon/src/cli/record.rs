@@ -55,8 +55,8 @@ pub(super) struct RecordArgs {
     )]
     pids: Vec<u32>,
 
-    /// Trace every process that maps a known allocator, until -d or Ctrl-C; none is written
-    /// to
+    /// Trace every process that maps a known allocator, and every Go program, until -d or
+    /// Ctrl-C; none is written to
     #[arg(short = 'a', long, conflicts_with = "command")]
     all: bool,
 

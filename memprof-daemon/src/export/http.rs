@@ -48,7 +48,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tower::{ServiceBuilder, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 
@@ -96,11 +96,26 @@ pub enum BackendError {
     Failed(String),
 }
 
-/// An answer in JSON, or why there is none.
+/// A short answer in JSON, or why there is none.
 type Answer = Result<serde_json::Value, BackendError>;
+
+/// What is told of a traced process, in JSON, and of that what other answers are made of.
+pub trait Told: Serialize + Send + 'static {
+    /// Process id.
+    fn pid(&self) -> u32;
+    /// Its name.
+    fn comm(&self) -> &str;
+    /// Where it is in its life.
+    fn state(&self) -> &str;
+}
 
 /// Where the answers come from.
 pub trait Backend: Clone + Send + Sync + 'static {
+    /// What the tracer tells about itself, in JSON.
+    type Stats: Serialize + Send + 'static;
+    /// What it tells of a process.
+    type Process: Told;
+
     /// A profile of one process or of all; with a window, of what happens in so much time
     /// from now on.
     fn profile(
@@ -115,7 +130,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     }
 
     /// What the tracer tells about itself.
-    fn stats(&self) -> impl Future<Output = Answer> + Send;
+    fn stats(&self) -> impl Future<Output = Result<Self::Stats, BackendError>> + Send;
 
     /// The same for those who watch over it.
     fn metrics(&self) -> impl Future<Output = Result<Metrics, BackendError>> + Send;
@@ -130,7 +145,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Config, BackendError>> + Send;
 
     /// The traced processes.
-    fn processes(&self) -> impl Future<Output = Answer> + Send;
+    fn processes(&self) -> impl Future<Output = Result<Vec<Self::Process>, BackendError>> + Send;
 
     /// Traces one more process.
     fn attach(&self, pid: u32) -> impl Future<Output = Answer> + Send;
@@ -247,13 +262,19 @@ pub fn router<B: Backend>(backend: B, max_targets: usize) -> Router {
         })
 }
 
+/// An answer that is as long as there are processes, in JSON that is written while it is sent.
+fn json(answer: impl Serialize + Send + 'static) -> Response {
+    let body = written(move |out| Ok(serde_json::to_writer(out, &answer)?));
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
 async fn openapi() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()
 }
 
 async fn processes<B: Backend>(State(api): State<Api<B>>) -> Result<Response, ApiError> {
     let processes = within(ANSWER_TIME, api.backend.processes()).await?;
-    Ok(Json(processes).into_response())
+    Ok(json(processes))
 }
 
 async fn config<B: Backend>(State(api): State<Api<B>>) -> Result<Response, ApiError> {
@@ -272,7 +293,7 @@ async fn set_config<B: Backend>(
 
 async fn stats<B: Backend>(State(api): State<Api<B>>) -> Result<Response, ApiError> {
     let stats = within(ANSWER_TIME, api.backend.stats()).await?;
-    Ok(Json(stats).into_response())
+    Ok(json(stats))
 }
 
 async fn metrics<B: Backend>(

@@ -52,6 +52,8 @@ pub struct Metrics {
     pub undecodable_events: u64,
     /// Calls that were not looked at for want of a slot.
     pub unclaimed_calls: u64,
+    /// Go programs that were not read.
+    pub missed_go_programs: u64,
     /// Processes that can be traced besides those that are.
     pub free_slots: u64,
     /// The longest that one piece of work has kept others waiting.
@@ -307,6 +309,11 @@ impl Scrape {
             "memprof_unclaimed_calls",
             "Calls of processes that were not looked at, since no slot was free for them",
             metrics.unclaimed_calls,
+        )?;
+        out.counter(
+            "memprof_missed_go_programs",
+            "Go programs that were not read, since they had ended or no slot was free",
+            metrics.missed_go_programs,
         )?;
         out.gauge(
             "memprof_free_slots",

@@ -164,6 +164,14 @@ pub struct ProcessProfile {
     pub stacks: Vec<StackProfile>,
 }
 
+impl ProcessProfile {
+    /// Whether it is a Go program of which nothing can be read.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.go_refusal.is_some() && self.engine == Engine::GoRuntime
+    }
+}
+
 /// What is told of a Go program's own profile.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GoFacts {

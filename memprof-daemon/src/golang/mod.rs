@@ -15,6 +15,7 @@
 
 mod buildinfo;
 mod code;
+mod file;
 mod layout;
 pub(crate) mod memory;
 mod module;
@@ -31,27 +32,41 @@ mod walk;
 use std::{io, sync::Arc};
 
 pub(crate) use self::{
+    file::GoFiles,
     names::{Named, NamedStack},
-    program::GoProgram,
     scale::counters,
     source::GoSource,
     walk::{Bucket, Reading},
 };
 
+use self::program::Mapped;
 use crate::process::mapping::MappingTable;
 
-/// A Go program that was found, with its profile if it has begun to run; or why it cannot be
-/// read.
-pub(crate) type FoundGo = Result<(Arc<GoSource>, Option<Reading>), GoError>;
+/// A Go program that was found.
+#[derive(Debug)]
+pub(crate) struct FoundGo {
+    /// The version of the Go that built it.
+    pub(crate) version: String,
+    /// Its profile, if it has begun to run; or why that cannot be read.
+    pub(crate) profile: Result<(Arc<GoSource>, Option<Reading>), GoError>,
+}
 
 /// The Go program that a process runs, if it is one.
-pub(crate) fn find(pid: u32, mappings: &MappingTable) -> Option<FoundGo> {
-    let found = GoProgram::find(mappings)?;
-    Some(found.and_then(|program| {
-        let source = GoSource::open(pid, program)?;
-        let first = source.read()?;
+pub(crate) fn find(pid: u32, mappings: &MappingTable, files: &GoFiles) -> Option<FoundGo> {
+    let found = Mapped::find(mappings, files)?;
+    let open = || {
+        let source = GoSource::open(pid, found.program()?)?;
+        let first = match source.read() {
+            // It is being put into its memory at this moment, and can be read in the next.
+            Err(GoError::Memory(_)) => None,
+            first => first?.filter(|first| !first.is_blank()),
+        };
         Ok((source, first))
-    }))
+    };
+    Some(FoundGo {
+        version: found.version().to_owned(),
+        profile: open(),
+    })
 }
 
 /// Why a Go program's profile cannot be read.

@@ -1,15 +1,15 @@
 //! A Go program among a process's files.
 
-use std::{
-    fs::File,
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
-use super::{GoError, buildinfo, layout::Layout, memory::FileImage, names::Places, symbols};
-use crate::process::{
-    elf::{ElfLayout, find_sections},
-    mapping::{MappedFile, Mapping, MappingTable},
+use super::{
+    GoError,
+    file::{GoFile, GoFiles},
+    layout::Layout,
+    memory::FileImage,
+    names::Places,
 };
+use crate::process::mapping::{MappedFile, Mapping, MappingTable};
 
 /// Where a program's variables are in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,87 +41,51 @@ pub(crate) struct GoProgram {
     pub(super) places: Mutex<Places>,
 }
 
-impl GoProgram {
-    /// The Go program among the files that a process maps, or why it cannot be read; none if
-    /// there is none. Of several, which only libraries built by Go can be, it is the first.
-    pub(crate) fn find(mappings: &MappingTable) -> Option<Result<Self, GoError>> {
+/// A file that Go has built, and where a process maps it.
+pub(super) struct Mapped<'a> {
+    go: Arc<GoFile>,
+    file: &'a Arc<MappedFile>,
+    mapping: &'a Mapping,
+}
+
+impl<'a> Mapped<'a> {
+    /// That of a process's files; none if there is none. Of several, which only libraries built
+    /// by Go can be, it is the first.
+    pub(super) fn find(mappings: &'a MappingTable, files: &GoFiles) -> Option<Self> {
         let mut seen = Vec::new();
         mappings.iter().find_map(|mapping| {
             let file = mapping.file.as_ref()?;
-            let open = file.file.as_ref()?;
             let id = (file.device, file.inode);
             if seen.contains(&id) {
                 return None;
             }
             seen.push(id);
-            Self::read(mapping, file, open)
+            let go = files.file(file)?;
+            Some(Self { go, file, mapping })
         })
     }
 
     /// The version of the Go that built it.
-    pub(crate) fn version(&self) -> &str {
-        &self.version
+    pub(super) fn version(&self) -> &str {
+        &self.go.version.text
     }
 
-    /// Its file.
-    pub(crate) fn file(&self) -> &MappedFile {
-        &self.image.file
-    }
-
-    fn read(
-        mapping: &Mapping,
-        file: &Arc<MappedFile>,
-        open: &File,
-    ) -> Option<Result<Self, GoError>> {
-        let names: [&[u8]; 3] = [
-            b".go.buildinfo",
-            b".gopclntab",
-            // Of position-independent programs before Go 1.26.
-            b".data.rel.ro.gopclntab",
-        ];
-        let [build_info, table, relocated_table] = find_sections(open, names).ok()?;
-        let version = buildinfo::version(open, &build_info?)?;
-        Some(Self::known(
-            mapping,
-            file,
-            open,
-            version,
-            table.or(relocated_table).map(|table| table.address.0),
-        ))
-    }
-
-    fn known(
-        mapping: &Mapping,
-        file: &Arc<MappedFile>,
-        open: &File,
-        version: buildinfo::Version,
-        table: Option<u64>,
-    ) -> Result<Self, GoError> {
-        let Some(layout) = version.minor.and_then(Layout::of) else {
-            return Err(GoError::Version {
-                version: version.text,
-            });
-        };
-        let unreadable = |_| GoError::FunctionTable("its file is not an ELF file");
-        let elf = ElfLayout::read(open).map_err(unreadable)?;
-        let table = table.ok_or(GoError::FunctionTable("there is no section .gopclntab"))?;
-        let start = elf
-            .code_address(mapping.file_offset)
+    /// The program at its place.
+    ///
+    /// # Errors
+    ///
+    /// It is of a Go that is not known, or not as it should be.
+    pub(super) fn program(&self) -> Result<GoProgram, GoError> {
+        let gone = || GoError::File(std::io::ErrorKind::NotFound.into());
+        let open = self.file.file.as_ref().ok_or_else(gone)?;
+        let parts = self.go.parts(open)?;
+        let start = parts
+            .elf
+            .code_address(self.mapping.file_offset)
             .ok_or(GoError::FunctionTable("its code is mapped from nowhere"))?;
-        let bias = mapping.start.0.wrapping_sub(start.0);
+        let bias = self.mapping.start.0.wrapping_sub(start.0);
         let at = |address: u64| address.wrapping_add(bias);
-        let symbols = symbols::find(
-            open,
-            &elf,
-            [
-                "runtime.mbuckets",
-                "runtime.mProfCycle",
-                "runtime.MemProfileRate",
-                "runtime.disableMemoryProfiling",
-            ],
-        )
-        .map_err(GoError::File)?;
-        let variables = match symbols {
+        let variables = match parts.symbols {
             [Some(buckets), Some(cycle), Some(rate), is_disabled] => Some(Variables {
                 buckets: at(buckets),
                 cycle: at(cycle),
@@ -130,7 +94,8 @@ impl GoProgram {
             }),
             _ => None,
         };
-        let data = elf
+        let data = parts
+            .elf
             .segments
             .iter()
             .filter(|segment| !segment.executable)
@@ -139,18 +104,30 @@ impl GoProgram {
                 (start, start.saturating_add(segment.file_size))
             })
             .collect();
-        Ok(Self {
-            version: version.text,
-            layout,
+        Ok(GoProgram {
+            version: self.version().to_owned(),
+            layout: parts.layout,
             image: FileImage {
-                file: Arc::clone(file),
-                segments: elf.segments,
+                file: Arc::clone(self.file),
+                segments: parts.elf.segments.clone(),
                 bias,
             },
-            function_table: at(table),
+            function_table: at(parts.table),
             variables,
             data,
             places: Mutex::default(),
         })
+    }
+}
+
+impl GoProgram {
+    /// The version of the Go that built it.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Its file.
+    pub(crate) fn file(&self) -> &MappedFile {
+        &self.image.file
     }
 }

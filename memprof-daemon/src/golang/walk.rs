@@ -94,6 +94,11 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
+    /// Whether nothing at all is in it, not even a rate, which the runtime sets as it begins.
+    pub(super) const fn is_blank(&self) -> bool {
+        self.counts.is_empty() && self.rate_bytes == 0 && self.cycle == 0
+    }
+
     /// Whether the program is in the same cycle still, and samples at the same rate.
     pub(super) fn is_same_cycle(
         &self,

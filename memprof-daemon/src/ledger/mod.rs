@@ -222,6 +222,13 @@ impl Ledger {
         });
     }
 
+    /// Forgets the books of one image.
+    pub fn forget_image(&mut self, image: ImageId) {
+        if let Some(books) = self.images.remove(&image) {
+            self.room.changed(books.size(), Size::default());
+        }
+    }
+
     /// The sampled blocks that are live in the images that `wanted` accepts.
     pub fn live_blocks(&self, wanted: impl Fn(ImageId) -> bool) -> Vec<AllocKey> {
         self.images
@@ -232,25 +239,35 @@ impl Ledger {
             .collect()
     }
 
-    /// Forgets the frames of stacks that are in nobody's books any more; returns which.
-    pub fn forget_unused_stacks(&mut self) -> Vec<StackKey> {
-        let used: HashSet<StackKey> = self
-            .images
+    /// The stacks that are in nobody's books any more.
+    #[must_use]
+    pub fn unused_stacks(&self) -> HashSet<StackKey> {
+        let used = self.used_stacks();
+        let known = self.traces.keys().copied();
+        known.filter(|stack| !used.contains(stack)).collect()
+    }
+
+    /// Forgets the frames of those of `stacks` that are in nobody's books; returns the others.
+    pub fn forget_unused_stacks(&mut self, stacks: &HashSet<StackKey>) -> Vec<StackKey> {
+        let used = self.used_stacks();
+        let (used, unused): (Vec<StackKey>, Vec<StackKey>) =
+            stacks.iter().partition(|stack| used.contains(stack));
+        for stack in unused {
+            if let Some(trace) = self.traces.remove(&stack) {
+                self.room.forgotten(&trace);
+            }
+        }
+        self.shrink_stacks();
+        used
+    }
+
+    fn used_stacks(&self) -> HashSet<StackKey> {
+        self.images
             .values()
             .flat_map(ImageBooks::stacks)
             .map(|(stack, _)| stack.key)
             .chain([StackKey::UNKNOWN])
-            .collect();
-        let unused = self.traces.extract_if(|stack, _| !used.contains(stack));
-        let room = &mut self.room;
-        let unused = unused
-            .map(|(stack, trace)| {
-                room.forgotten(&trace);
-                stack
-            })
-            .collect();
-        self.shrink_stacks();
-        unused
+            .collect()
     }
 
     /// Whether [`Self::close`] was called for it.

@@ -142,7 +142,8 @@ fn counted_as_it_is() {
     assert_eq!((ledger.blocks(), ledger.block_bytes()), (0, 0));
     ledger.forget(IMAGE.pid);
     assert_eq!(ledger.stack_bytes(), empty + 500 * (TRACE_BYTES + 20 * 8));
-    ledger.forget_unused_stacks();
+    let unused = ledger.unused_stacks();
+    ledger.forget_unused_stacks(&unused);
     assert_eq!(ledger.stack_bytes(), empty);
 }
 

@@ -344,12 +344,36 @@ fn random_operations_with_loss_end_in_the_truth() {
 fn unused_stacks_are_forgotten() {
     let mut ledger = ledger();
     ledger.alloc(&alloc(SEVEN, 0xa, 1, 500));
-    assert_eq!(ledger.forget_unused_stacks(), [Y.key]);
+    let unused = ledger.unused_stacks();
+    assert_eq!(unused, [Y.key].into());
+    assert!(ledger.forget_unused_stacks(&unused).is_empty());
     assert!(ledger.knows_stack(X.key) && !ledger.knows_stack(Y.key));
     assert!(ledger.knows_stack(StackKey::UNKNOWN));
     ledger.close(SEVEN);
-    assert!(ledger.forget_unused_stacks().is_empty());
+    assert!(ledger.unused_stacks().is_empty());
     assert_eq!(ledger.snapshot(|_| true).images[0].stacks.len(), 1);
     ledger.forget(SEVEN.pid);
-    assert_eq!(ledger.forget_unused_stacks(), [X.key]);
+    let unused = ledger.unused_stacks();
+    assert_eq!(unused, [X.key].into());
+    // It is captured again before it is forgotten.
+    ledger.alloc(&alloc(EIGHT, 0xb, 2, 500));
+    assert_eq!(ledger.forget_unused_stacks(&unused), [X.key]);
+    assert!(ledger.knows_stack(X.key));
+}
+
+/// Check that the books of one program of a process are forgotten, and the next one's are
+/// not; and that nothing is left of a process that has gone.
+#[test]
+fn replaced_programs_are_forgotten() {
+    let mut ledger = ledger();
+    let next = ImageId { pid: 7, epoch: 1 };
+    ledger.alloc(&alloc(SEVEN, 0xa, 1, 500));
+    ledger.alloc(&alloc(next, 0xa, 2, 500));
+    ledger.close(SEVEN);
+    ledger.forget_image(SEVEN);
+    assert_eq!(ledger.tally(SEVEN), EventTally::default());
+    assert_eq!(ledger.live(next), 1);
+    ledger.forget(7);
+    assert_eq!(ledger.images().count(), 0);
+    assert_eq!(ledger.unused_stacks(), [X.key, Y.key].into());
 }

@@ -28,6 +28,7 @@ pub(super) fn metrics(stats: Stats) -> Metrics {
         failed_sweeps: stats.failed_sweeps,
         undecodable_events: stats.undecodable_events,
         unclaimed_calls: stats.unclaimed_calls,
+        missed_go_programs: stats.missed_go_programs,
         free_slots: stats.free_slots as u64,
         longest_round: duration(stats.longest_round_ms),
         memory: memory(&stats.memory),

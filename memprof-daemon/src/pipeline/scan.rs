@@ -11,7 +11,7 @@ use super::{
     target::TargetError,
 };
 use crate::{
-    golang::{self, FoundGo},
+    golang::{self, FoundGo, GoFiles},
     prefilter::{error::DetachError, leftover, tracer::with_tracer, turn::Turn},
     probe::{
         attach::FileId,
@@ -32,6 +32,7 @@ use crate::{
 pub(super) struct Scanner {
     files: FileStore,
     finder: Finder,
+    go_files: GoFiles,
     tables: Arc<TableStore>,
     /// Files that were met a moment ago: programs that start one after the other map the same.
     recent: Mutex<HashMap<FileId, Recent>>,
@@ -43,6 +44,16 @@ pub(super) struct Scanner {
 pub(super) enum Tables {
     Made,
     Later,
+}
+
+/// Who has asked for a process to be taken on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Somebody, who hears why it cannot be.
+    Request,
+    /// A rule, or that all are: a Go program that cannot be read is taken on too, so that the
+    /// list says why.
+    Rule,
 }
 
 /// A file that is held, and its table.
@@ -112,6 +123,7 @@ impl Scanner {
         Self {
             files: FileStore::default(),
             finder: Finder::default(),
+            go_files: GoFiles::default(),
             tables,
             recent: Mutex::default(),
         }
@@ -147,7 +159,12 @@ impl Scanner {
     /// [`TargetError`]: it is gone, cannot be traced, or has neither an allocator nor a Go
     /// heap; or there is a
     /// prefilter in it that must not be taken out, or cannot be within `clear`.
-    pub(super) fn scan(&self, pid: u32, clear: Option<Duration>) -> Result<Scan, TargetError> {
+    pub(super) fn scan(
+        &self,
+        pid: u32,
+        clear: Option<Duration>,
+        wish: Wish,
+    ) -> Result<Scan, TargetError> {
         clear_leftover(pid, clear)?;
         let scan = self.read(pid, Tables::Made, |mappings, go| {
             let error = match self.finder.find_all(pid, mappings) {
@@ -155,11 +172,14 @@ impl Scanner {
                 Err(error) => error,
             };
             match go.take() {
-                Some(Ok(found)) => {
-                    *go = Some(Ok(found));
+                Some(FoundGo {
+                    profile: Err(error),
+                    ..
+                }) if wish == Wish::Request => Err(TargetError::Go { pid, error }),
+                Some(found) => {
+                    *go = Some(found);
                     Ok(Vec::new())
                 }
-                Some(Err(error)) => Err(TargetError::Go { pid, error }),
                 None => Err(error.into()),
             }
         })?;
@@ -203,9 +223,11 @@ impl Scanner {
         check_machine(pid)?;
         let read_ns = monotonic_ns();
         let mappings = read_mappings(pid, &self.files)?;
-        let mut go = golang::find(pid, &mappings);
+        let mut go = golang::find(pid, &mappings, &self.go_files);
         let modules = find(&mappings, &mut go)?;
         let tables = match tables {
+            // No stack of it is walked.
+            _ if go.is_some() && modules.is_empty() => Vec::new(),
             Tables::Made => mappings
                 .files()
                 .iter()
@@ -254,6 +276,11 @@ impl Scanner {
     /// The file of a mapping of a process.
     pub(super) fn open(&self, pid: u32, entry: &MapsEntry) -> Arc<MappedFile> {
         self.files.open(pid, entry)
+    }
+
+    /// Whether a file is a Go program, or a library that Go has built.
+    pub(super) fn is_go(&self, file: &MappedFile) -> bool {
+        self.go_files.is_go(file)
     }
 
     /// The allocator that a file defines, if it does.

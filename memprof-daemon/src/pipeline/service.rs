@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::{
     capture::Capture,
     metrics::metrics,
-    stats::milliseconds,
+    stats::{ProcessSummary, Stats, milliseconds},
     target::TargetError,
     tracer::{ConfigError, LeaveError, TracerHandle},
 };
@@ -13,14 +15,17 @@ use crate::{
     causes::with_causes,
     config::{Config, ConfigChange},
     export::{
-        http::{Backend, BackendError},
+        http::{Backend, BackendError, Told},
         json::rfc_3339,
         metrics::Metrics,
         profile::Profile,
     },
     prefilter::error::DetachError,
     process::info::ProcessError,
-    symbolize::worker::SymbolizeHandle,
+    symbolize::{
+        debuginfod::{Counts, Debuginfod},
+        worker::SymbolizeHandle,
+    },
 };
 
 /// The running pipeline, as those see it who ask for profiles.
@@ -92,7 +97,34 @@ fn unfit(error: TargetError) -> BackendError {
     }
 }
 
+/// What is told of the pipeline.
+#[derive(Debug, Serialize)]
+pub struct ToldStats {
+    #[serde(flatten)]
+    tracer: Stats,
+    /// If servers are asked for debug information.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debuginfod: Option<Counts>,
+}
+
+impl Told for ProcessSummary {
+    fn pid(&self) -> u32 {
+        self.facts.pid
+    }
+
+    fn comm(&self) -> &str {
+        &self.facts.comm
+    }
+
+    fn state(&self) -> &str {
+        self.facts.state
+    }
+}
+
 impl Backend for Service {
+    type Stats = ToldStats;
+    type Process = ProcessSummary;
+
     async fn profile(
         &self,
         pid: Option<u32>,
@@ -114,17 +146,10 @@ impl Backend for Service {
         self.tracer.profiles_at_a_time()
     }
 
-    async fn stats(&self) -> Result<serde_json::Value, BackendError> {
-        let stats = self.tracer.stats().await.ok_or(BackendError::Ended)?;
-        let failed = |error: serde_json::Error| BackendError::Failed(error.to_string());
-        let mut stats = serde_json::to_value(stats).map_err(failed)?;
-        if let Some(debuginfod) = self.symbolizer.debuginfod()
-            && let Some(stats) = stats.as_object_mut()
-        {
-            let counts = serde_json::to_value(debuginfod.counts()).map_err(failed)?;
-            stats.insert("debuginfod".to_owned(), counts);
-        }
-        Ok(stats)
+    async fn stats(&self) -> Result<ToldStats, BackendError> {
+        let tracer = self.tracer.stats().await.ok_or(BackendError::Ended)?;
+        let debuginfod = self.symbolizer.debuginfod().map(Debuginfod::counts);
+        Ok(ToldStats { tracer, debuginfod })
     }
 
     async fn config(&self) -> Result<Config, BackendError> {
@@ -141,9 +166,8 @@ impl Backend for Service {
             })
     }
 
-    async fn processes(&self) -> Result<serde_json::Value, BackendError> {
-        let processes = self.tracer.processes().await.ok_or(BackendError::Ended)?;
-        serde_json::to_value(processes).map_err(|error| BackendError::Failed(error.to_string()))
+    async fn processes(&self) -> Result<Vec<ProcessSummary>, BackendError> {
+        self.tracer.processes().await.ok_or(BackendError::Ended)
     }
 
     async fn metrics(&self) -> Result<Metrics, BackendError> {

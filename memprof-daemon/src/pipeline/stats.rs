@@ -1,6 +1,9 @@
 //! What the tracer tells about itself: the body of `GET /v1/stats`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
@@ -43,6 +46,8 @@ pub struct Stats {
     pub unclaimed_calls: u64,
     /// Processes that were traced and have been forgotten.
     pub forgotten_processes: u64,
+    /// Go programs that were not read, since they had ended or no slot was free.
+    pub missed_go_programs: u64,
     /// Stacks that BPF named and did not hold any more.
     pub missing_stacks: u64,
     /// How stacks are walked: `auto`, `dwarf` or `fp`.
@@ -159,6 +164,45 @@ impl Sums {
     }
 }
 
+/// What programs of one process have counted, in sums.
+#[derive(Clone, Debug)]
+pub(super) struct Counted {
+    /// What is told of all processes together.
+    pub(super) sums: Sums,
+    /// Allocations sampled, by Go's runtime too.
+    pub(super) samples: u64,
+    /// Estimates.
+    pub(super) allocated: StackCounters,
+    /// Bytes asked for, if all calls were counted exactly.
+    pub(super) exact_bytes: Option<u64>,
+    /// When the first was met; none if there was none.
+    pub(super) since: Option<Instant>,
+}
+
+impl Default for Counted {
+    fn default() -> Self {
+        Self {
+            sums: Sums::default(),
+            samples: 0,
+            allocated: StackCounters::default(),
+            exact_bytes: Some(0),
+            since: None,
+        }
+    }
+}
+
+impl Counted {
+    /// Adds a later one's.
+    pub(super) fn add(&mut self, later: &Self) {
+        self.sums.add(&later.sums);
+        self.samples += later.samples;
+        self.allocated += later.allocated;
+        let exact = self.exact_bytes.zip(later.exact_bytes);
+        self.exact_bytes = exact.map(|(before, later)| before + later);
+        self.since = self.since.or(later.since);
+    }
+}
+
 /// How processes were taken on.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Attaching {
@@ -193,23 +237,17 @@ pub struct Books {
 }
 
 impl Books {
-    pub(super) fn new(
-        sums: Sums,
-        allocated: &StackCounters,
-        held: &StackCounters,
-        exact_bytes: Option<u64>,
-        traced: Duration,
-    ) -> Self {
-        let allocated = Numbers::of(allocated);
+    pub(super) fn new(counted: Counted, held: &StackCounters, traced: Duration) -> Self {
+        let allocated = Numbers::of(&counted.allocated);
         let held = Numbers::of(held);
         let traced_s = traced.as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a rate is no exact number")]
-        let bytes = exact_bytes.unwrap_or(allocated.alloc_bytes) as f64;
-        let mut losses = sums.losses;
+        let bytes = counted.exact_bytes.unwrap_or(allocated.alloc_bytes) as f64;
+        let mut losses = counted.sums.losses;
         losses.retain(|_, number| *number != 0);
         Self {
             traced_s,
-            samples: sums.alloc_events,
+            samples: counted.samples,
             alloc_objects: allocated.alloc_objects,
             alloc_bytes: allocated.alloc_bytes,
             alloc_bytes_per_s: (traced_s >= 0.1).then(|| bytes / traced_s),
@@ -227,18 +265,39 @@ pub struct ProcessFacts {
     pub pid: u32,
     /// Name of its main thread.
     pub comm: String,
-    /// `scanning`, `attaching`, `tracing`, `detaching`, `detached` or `ended`.
+    /// `scanning`, `attaching`, `tracing`, `refused`, `detaching`, `detached` or `ended`.
     pub state: &'static str,
-    /// `prefilter` or `uprobe`.
+    /// `prefilter`, `uprobe` or `go runtime`.
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
     pub engine_reason: Option<String>,
+    /// Of a Go program.
+    pub go: Option<GoStatus>,
     /// What it has cost.
     #[serde(flatten)]
     pub cost: Cost,
     /// What its books say.
     #[serde(flatten)]
     pub books: Books,
+}
+
+/// What is told of a target that is a Go program.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GoStatus {
+    /// The version of Go that built it.
+    pub version: String,
+    /// Its `runtime.MemProfileRate`, 0 if it has turned profiling off; null if that was never
+    /// read.
+    pub mem_profile_rate: Option<u64>,
+    /// Seconds since its profile was read, or from then to its end; null if it never was.
+    pub age_s: Option<f64>,
+    /// Seconds since it has published the profile that was read, or from then to its end; null
+    /// if it has published none while memprof looked.
+    pub published_s: Option<f64>,
+    /// Why nothing of it can be read.
+    pub refusal: Option<String>,
+    /// Why the last try to read it has failed.
+    pub failure: Option<String>,
 }
 
 /// One target in `GET /v1/processes`.
@@ -355,5 +414,38 @@ impl ImageStats {
             totals: totals.as_ref().map(|totals| totals.calls),
             size_histogram: totals.map(|totals| totals.size_histogram),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Check that sums of programs begin with the first of them, and that what is not known
+    /// of one is not known of all.
+    #[test]
+    fn programs_add_up() {
+        let program = |samples, exact_bytes| Counted {
+            sums: Sums {
+                alloc_events: samples,
+                free_events: 1,
+                losses: BTreeMap::from([("ring_full", samples)]),
+            },
+            samples,
+            exact_bytes,
+            since: Some(Instant::now()),
+            ..Counted::default()
+        };
+        let mut all = Counted::default();
+        let (first, second) = (program(2, Some(10)), program(3, Some(20)));
+        all.add(&first);
+        all.add(&second);
+        assert_eq!((all.samples, all.exact_bytes), (5, Some(30)));
+        assert_eq!((all.sums.alloc_events, all.sums.free_events), (5, 2));
+        assert_eq!(all.sums.losses["ring_full"], 5);
+        assert_eq!(all.since, first.since);
+        all.add(&program(1, None));
+        all.add(&program(1, Some(1)));
+        assert_eq!((all.samples, all.exact_bytes), (7, None));
     }
 }

@@ -1,4 +1,5 @@
-//! Looking through all processes for files with allocators. Blocks; runs in jobs.
+//! Looking through all processes for files with allocators, and for Go programs. Blocks; runs
+//! in jobs.
 //!
 //! The kernel tells of each file that is mapped from the start of the tracer on; what was
 //! mapped before, and what was not told for lack of room, is found here.
@@ -6,10 +7,11 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
+    path::PathBuf,
     sync::Arc,
 };
 
-use super::scan::Scanner;
+use super::scan::{Scanner, monotonic_ns};
 use crate::{
     prefilter::leftover,
     probe::find::AllocatorModule,
@@ -30,21 +32,56 @@ type KernelFile = (u32, u32, u64);
 pub(super) struct Swept {
     /// Files with allocators that some process maps.
     pub(super) modules: Vec<AllocatorModule>,
+    /// Processes that map a file which Go has built.
+    pub(super) go: Vec<ProcessInfo>,
     /// The inodes of all files that are mapped executable, on whatever device.
     pub(super) mapped_inodes: HashSet<u64>,
     /// The processes that there are.
     pub(super) pids: HashSet<u32>,
+    /// When the look began.
+    pub(super) begun_ns: u64,
     /// Who they are, if that was asked for.
     pub(super) infos: Vec<ProcessInfo>,
     /// One that has the prefilter in it, and whether that is in use.
     pub(super) hooked: Option<(u32, bool)>,
 }
 
+/// A file as the kernel's records name it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FileName {
+    device: (u32, u32),
+    inode: u64,
+    path: PathBuf,
+}
+
+impl FileName {
+    pub(super) fn of(event: &MmapEvent) -> Self {
+        Self {
+            device: (event.device_major, event.device_minor),
+            inode: event.inode,
+            path: event.path.clone(),
+        }
+    }
+}
+
+/// What files are that were mapped.
+#[derive(Debug, Default)]
+pub(super) struct Looked {
+    /// The allocators among them.
+    pub(super) modules: Vec<AllocatorModule>,
+    /// All of them, and whether Go has built them, if they could be opened.
+    pub(super) files: Vec<(FileName, Option<bool>)>,
+}
+
 impl Scanner {
     /// Looks through all processes; also at who they are, if that matters.
     pub(super) fn sweep(&self, reads_infos: bool) -> Swept {
-        let mut swept = Swept::default();
-        let mut seen: HashSet<KernelFile> = HashSet::new();
+        let mut swept = Swept {
+            begun_ns: monotonic_ns(),
+            ..Swept::default()
+        };
+        // And whether it is Go's.
+        let mut seen: HashMap<KernelFile, bool> = HashMap::new();
         for pid in all_pids() {
             swept.pids.insert(pid);
             if reads_infos {
@@ -58,33 +95,47 @@ impl Scanner {
                 let found = leftover::find(pid).ok().flatten();
                 swept.hooked = Some((pid, found.is_none_or(|found| found.in_use)));
             }
+            let mut is_go = false;
             for entry in entries.iter().filter(|e| e.executable && e.is_file()) {
                 swept.mapped_inodes.insert(entry.inode);
-                if seen.insert(kernel_file(entry)) {
-                    let file = self.open(pid, entry);
-                    // Another process may show it as it is.
-                    if file.file.is_none() {
-                        seen.remove(&kernel_file(entry));
-                    }
-                    swept.modules.extend(self.allocators_in(&file));
+                if let Some(&known) = seen.get(&kernel_file(entry)) {
+                    is_go |= known;
+                    continue;
                 }
+                let file = self.open(pid, entry);
+                let is_go_file = self.is_go(&file);
+                is_go |= is_go_file;
+                // If it is not open, another process may show it as it is.
+                if file.file.is_some() {
+                    seen.insert(kernel_file(entry), is_go_file);
+                }
+                swept.modules.extend(self.allocators_in(&file));
+            }
+            if is_go {
+                swept.go.extend(Self::info(pid));
             }
         }
         swept
     }
 
-    /// The allocators among files that have just been mapped.
-    pub(super) fn allocators_mapped(&self, events: &[MmapEvent]) -> Vec<AllocatorModule> {
+    /// What files are that have just been mapped, each named by one event.
+    pub(super) fn look_at(&self, events: Vec<MmapEvent>) -> Looked {
+        let mut looked = Looked::default();
         let mut files: HashMap<(u64, u64), Arc<MappedFile>> = HashMap::new();
         for event in events {
-            if let Some(file) = self.mapping_of(event).and_then(|mapping| mapping.file) {
+            let file = self.mapping_of(&event).and_then(|mapping| mapping.file);
+            let file = file.filter(|file| file.file.is_some());
+            let is_go = file.as_ref().map(|file| self.is_go(file));
+            if let Some(file) = file {
                 files.insert((file.device, file.inode), file);
             }
+            looked.files.push((FileName::of(&event), is_go));
         }
-        files
+        looked.modules = files
             .values()
             .flat_map(|file| self.allocators_in(file))
-            .collect()
+            .collect();
+        looked
     }
 }
 

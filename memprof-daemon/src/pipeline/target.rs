@@ -16,6 +16,7 @@ use tokio::{sync::oneshot, task::AbortHandle};
 
 use super::{
     install::Holder,
+    stats::Counted,
     tables::{FileTable, LoadedList},
     totals::ImageTotals,
     tracer::golang::{GoImage, GoTarget},
@@ -141,6 +142,8 @@ pub(super) struct Image {
     pub(super) info: ProcessInfo,
     pub(super) code: CodeHistory,
     pub(super) versions: StackVersions,
+    /// Samples whose stack is not kept, since too many are.
+    pub(super) unkept_stacks: u64,
     /// Where it names the code that it makes at run time, once there is such.
     pub(super) perf_map: Option<Arc<PerfMap>>,
     /// The last reading.
@@ -155,6 +158,13 @@ pub(super) struct Image {
     pub(super) stub_losses: StubLosses,
     /// The Go program that it is, if it is one.
     pub(super) go: Option<GoImage>,
+    /// It was seen to map what Go has built.
+    pub(super) maps_go: bool,
+    /// It maps an allocator.
+    pub(super) has_allocator: bool,
+    /// It was made as a copy of another process, and has its memory: if that is a Go program,
+    /// its runtime does not go on in a copy.
+    pub(super) is_copy: bool,
     /// Traced from here ...
     since: Instant,
     /// ... to here, once it has ended.
@@ -179,6 +189,7 @@ impl Image {
             info,
             code,
             versions: StackVersions::default(),
+            unkept_stacks: 0,
             perf_map: None,
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
@@ -186,6 +197,9 @@ impl Image {
             engine: None,
             stub_losses: StubLosses::default(),
             go: None,
+            maps_go: false,
+            has_allocator: false,
+            is_copy: false,
             since: Instant::now(),
             until: None,
             losses_before,
@@ -270,7 +284,7 @@ impl Image {
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);
         losses.insert("replaced_allocations", tally.replaced_allocations);
-        losses.insert("stacks_full", tally.stacks_full);
+        losses.insert("stacks_full", self.unkept_stacks + tally.stacks_full);
         losses
     }
 }
@@ -377,8 +391,10 @@ pub(super) struct Target {
     /// It is let go, or has been.
     pub(super) leaving: Leaving,
     /// In the order of their epochs; the last is the present one. Empty until
-    /// scanned.
+    /// scanned. Those that were replaced long ago are forgotten.
     pub(super) images: Vec<Image>,
+    /// What those have counted that are forgotten.
+    pub(super) replaced: Counted,
     /// Its probes have been lost for good, and that was told.
     pub(super) is_lost: bool,
     /// Its probes have been lost and are being attached anew.
@@ -449,6 +465,7 @@ impl Target {
             reply,
             leaving: Leaving::default(),
             images: Vec::new(),
+            replaced: Counted::default(),
             is_lost: false,
             is_probed_anew: false,
             probed: HashSet::new(),

@@ -113,6 +113,22 @@ impl StackVersions {
         self.known.capacity() * (size_of::<(StackKey, Known)>() + 1)
     }
 
+    /// Forgets stacks that are in nobody's books, and lets go of files that only those held.
+    pub(super) fn forget(&mut self, unused: &HashSet<StackKey>) {
+        let known = self.known.len();
+        self.known.retain(|stack, _| !unused.contains(stack));
+        if self.known.len() == known {
+            return;
+        }
+        let versions = self.known.values().flat_map(|known| &known.versions);
+        let places = versions.flat_map(|version| &version.places);
+        self.files = places
+            .filter_map(|place| place.1.as_ref()?.file.as_ref())
+            .filter(|file| file.file.is_some())
+            .map(|file| (file.device, file.inode))
+            .collect();
+    }
+
     fn get(&self, stack: StackId) -> Option<&Version> {
         let place = usize::try_from(stack.version.checked_sub(1)?).ok()?;
         self.known.get(&stack.key)?.versions.get(place)

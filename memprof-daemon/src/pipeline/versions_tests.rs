@@ -176,3 +176,33 @@ fn held_files_are_bounded() {
     assert_eq!(versions.files.len(), MAX_FILES);
     assert_eq!(versions.closed_places, 2 * (rounds - MAX_FILES as u64));
 }
+
+/// Check that versions of a stack that is forgotten are, and that a file which only that one
+/// held makes room for another.
+#[test]
+fn versions_go_with_their_stack() {
+    let mut history = history();
+    let mut versions = StackVersions::default();
+    let other = StackKey { high: 2, low: 1 };
+    let held = |inode| {
+        let mut library = library(inode);
+        let file = Arc::get_mut(library.file.as_mut().unwrap()).unwrap();
+        file.file = Some(std::fs::File::open("/proc/self/exe").unwrap());
+        library
+    };
+    history.learn(&held(2), SETTLED);
+    history.told(SETTLED);
+    let version = versions.version(&history, (KEY, &trace()), 2 * SETTLED, true);
+    history.learn(&held(3), 3 * SETTLED);
+    history.told(3 * SETTLED);
+    let kept = versions.version(&history, (other, &trace()), 4 * SETTLED, true);
+    assert_eq!((version, kept, versions.files.len()), (1, 1, 2));
+    versions.forget(&[KEY].into());
+    assert_eq!(versions.files, [(1, 3)].into());
+    assert!(versions.get(StackId { key: KEY, version }).is_none());
+    let kept = StackId {
+        key: other,
+        version: kept,
+    };
+    assert!(versions.get(kept).is_some());
+}

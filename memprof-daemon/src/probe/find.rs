@@ -6,10 +6,7 @@ use std::{
     fs::File,
     io,
     ops::RangeInclusive,
-    os::{
-        fd::AsRawFd,
-        unix::fs::{FileExt, MetadataExt},
-    },
+    os::{fd::AsRawFd, unix::fs::FileExt},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -23,6 +20,7 @@ use crate::{
     process::{
         elf::{ElfError, ElfLayout, Fields, SymbolTable},
         mapping::{MappedFile, MappingTable},
+        state::FileState,
     },
 };
 
@@ -188,19 +186,7 @@ pub(crate) fn ranges_with_symbols(
 /// Finds allocators, and remembers what it found in each file.
 #[derive(Debug, Default)]
 pub struct Finder {
-    cache: Mutex<HashMap<FileKey, Arc<Definitions>>>,
-}
-
-/// A file and its state: where a file without a build id is written anew in
-/// place, its times change.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct FileKey {
-    device: u64,
-    inode: u64,
-    build_id: Option<Vec<u8>>,
-    size: u64,
-    modified_ns: (i64, i64),
-    changed_ns: (i64, i64),
+    cache: Mutex<HashMap<FileState, Arc<Definitions>>>,
 }
 
 impl Finder {
@@ -244,15 +230,7 @@ impl Finder {
     }
 
     fn definitions(&self, file: &MappedFile, open: &File) -> Result<Arc<Definitions>, ElfError> {
-        let metadata = open.metadata()?;
-        let key = FileKey {
-            device: file.device,
-            inode: file.inode,
-            build_id: file.build_id.clone(),
-            size: metadata.size(),
-            modified_ns: (metadata.mtime(), metadata.mtime_nsec()),
-            changed_ns: (metadata.ctime(), metadata.ctime_nsec()),
-        };
+        let key = FileState::of(file)?;
         let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = lock().get(&key) {
             return Ok(Arc::clone(known));

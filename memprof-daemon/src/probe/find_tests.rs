@@ -2,7 +2,7 @@ use super::*;
 use crate::process::{
     debug_info::DebugInfo, files::FileStore, mapping::Mapping, maps::read_mappings,
 };
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path, process::Command};
 
 /// The file, as if a process mapped it.
 pub(crate) fn mapped(path: &Path) -> Arc<MappedFile> {

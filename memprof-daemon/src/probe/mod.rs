@@ -6,13 +6,14 @@
 
 #![expect(
     unsafe_code,
-    reason = "bpf(2) beyond what aya has, what must run in children before exec, and malloc_trim"
+    reason = "bpf(2) beyond what aya has, what must run in children before exec, and mallopt"
 )]
 
 pub mod arena;
 pub mod attach;
 pub mod find;
 mod function_types;
+pub mod heap;
 pub(crate) mod jumps;
 pub mod launch;
 pub mod live_map;
@@ -22,7 +23,6 @@ mod mapped;
 pub mod mode;
 pub mod object;
 mod occupancy;
-pub mod own_heap;
 pub mod point;
 pub mod programs;
 pub mod requirements;

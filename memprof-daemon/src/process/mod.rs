@@ -12,3 +12,4 @@ pub mod mapping;
 pub mod maps;
 pub mod origin;
 pub mod perf_map;
+pub(crate) mod state;

@@ -14,7 +14,7 @@ use axum::{
 use serde::Deserialize;
 
 use super::{
-    Api, ApiError, Backend,
+    Api, ApiError, Backend, Told as _,
     limits::{ANSWER_TIME, Discarded, within},
     parse_pid, parse_seconds,
     targets::of_pid,
@@ -134,20 +134,14 @@ pub(super) async fn symbol(_: Discarded) -> Response {
 pub(super) async fn index<B: Backend>(State(api): State<Api<B>>) -> Result<Response, ApiError> {
     let processes = within(ANSWER_TIME, api.backend.processes()).await?;
     let mut rows = String::new();
-    for process in processes.as_array().into_iter().flatten() {
-        let text = |name: &str| {
-            let value = process.get(name).and_then(|value| value.as_str());
-            escaped(value.unwrap_or_default())
-        };
-        let Some(pid) = process.get("pid").and_then(|pid| pid.as_u64()) else {
-            continue;
-        };
+    for process in processes {
+        let pid = process.pid();
         rows += &format!(
             "<tr><td>{pid}</td><td>{}</td><td>{}</td>\
              <td><a href=\"heap?pid={pid}&amp;debug=1\">heap</a></td>\
              <td><a href=\"allocs?pid={pid}&amp;debug=1\">allocs</a></td></tr>\n",
-            text("comm"),
-            text("state"),
+            escaped(process.comm()),
+            escaped(process.state()),
         );
     }
     let page = format!(

@@ -7,10 +7,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::{
-    Api, ApiError, Backend, BackendError,
+    Api, ApiError, Backend, BackendError, Told as _,
     limits::{ANSWER_TIME, Body, PROFILE_TIME, within},
     parse_pid,
 };
@@ -42,11 +41,9 @@ pub(super) async fn target<B: Backend>(
 }
 
 /// What is told of a process, if it is traced.
-pub(super) async fn of_pid<B: Backend>(api: &Api<B>, pid: u32) -> Result<Value, ApiError> {
+pub(super) async fn of_pid<B: Backend>(api: &Api<B>, pid: u32) -> Result<B::Process, ApiError> {
     let processes = within(ANSWER_TIME, api.backend.processes()).await?;
-    let is_it = |target: &&Value| target.get("pid").and_then(Value::as_u64) == Some(pid.into());
-    let mut targets = processes.as_array().into_iter().flatten();
-    let target = targets.find(is_it).cloned();
+    let target = processes.into_iter().find(|target| target.pid() == pid);
     Ok(target.ok_or(BackendError::NoSuchProcess(pid))?)
 }
 

@@ -8,7 +8,22 @@ use super::*;
 #[derive(Clone)]
 struct Nobody;
 
+impl Told for Value {
+    fn pid(&self) -> u32 {
+        0
+    }
+    fn comm(&self) -> &str {
+        ""
+    }
+    fn state(&self) -> &str {
+        ""
+    }
+}
+
 impl Backend for Nobody {
+    type Stats = Value;
+    type Process = Value;
+
     async fn profile(&self, _: Option<u32>, _: Option<Duration>) -> Result<Profile, BackendError> {
         Err(BackendError::Ended)
     }
@@ -24,7 +39,7 @@ impl Backend for Nobody {
     async fn set_config(&self, _: ConfigChange) -> Result<Config, BackendError> {
         Err(BackendError::Ended)
     }
-    async fn processes(&self) -> Answer {
+    async fn processes(&self) -> Result<Vec<Value>, BackendError> {
         Err(BackendError::Ended)
     }
     async fn attach(&self, _: u32) -> Answer {

@@ -43,37 +43,9 @@ impl<W: Write> Report<'_, W> {
         let ended = if process.exited { "  has exited" } else { "" };
         writeln!(self.out, "{ended}\n")?;
 
-        let inuse_objects = total.inuse_objects.unsigned_abs();
-        let inuse_objects = units::counted(inuse_objects, "object");
-        if profile.window.is_some() {
-            let change = units::change(total.inuse_bytes);
-            let sign = if total.inuse_objects < 0 { "-" } else { "+" };
-            let [low, high] = total.inuse_bytes_ci95.map(units::change);
-            let range = if low == high {
-                String::new()
-            } else {
-                format!(" ({low} to {high})")
-            };
-            let change = format!("{bold}{change}{plain}{range} in {sign}{inuse_objects}");
-            self.fact("in use", &change)?;
-        } else {
-            let inuse_bytes = grown(total.inuse_bytes);
-            let inuse_range = range(inuse_bytes, total.inuse_bytes_ci95.map(grown));
-            let inuse_bytes = units::bytes(inuse_bytes);
-            let inuse = format!("{bold}{inuse_bytes}{plain}{inuse_range} in {inuse_objects}");
-            self.fact("in use", &inuse)?;
+        if !process.is_refused() {
+            self.sums(process, total)?;
         }
-        let allocated = format!(
-            "{}{} in {}, {}",
-            units::bytes(total.alloc_bytes),
-            range(total.alloc_bytes, total.alloc_bytes_ci95),
-            units::counted(total.alloc_objects, "object"),
-            match &process.go {
-                Some(go) if go.is_since_start => "since its start".to_owned(),
-                _ => format!("in {}", duration(profile.duration)),
-            },
-        );
-        self.fact("allocated", &allocated)?;
         if let Some(totals) = &process.totals {
             self.fact("calls", &calls(&totals.calls, process.traced))?;
             let sizes = most_asked_for(totals);
@@ -105,6 +77,7 @@ impl<W: Write> Report<'_, W> {
             interval => format!("one every {} on average", units::bytes(interval)),
         };
         match (at_present, coarsest) {
+            _ if process.is_refused() => {}
             (0, 0) => self.fact("sampling", "off")?,
             (1, 0 | 1) => self.fact("exact", &format!("every allocation counted: {samples}"))?,
             _ => {
@@ -124,10 +97,8 @@ impl<W: Write> Report<'_, W> {
             }
         }
         if let Some(reason) = &process.go_refusal {
-            self.fact(
-                "go",
-                &format!("its Go heap is not here: {}", printable(reason)),
-            )?;
+            let reason = format!("its Go heap is not here: {}", printable(reason));
+            self.fact("go", &reason)?;
         }
         if let Some(inherited) = &process.inherited {
             let Inherited {
@@ -151,6 +122,43 @@ impl<W: Write> Report<'_, W> {
         self.fact("captured", &rfc_3339(profile.captured_at))
     }
 
+    /// What is in use and what was allocated.
+    fn sums(&mut self, process: &ProcessProfile, total: &Numbers) -> io::Result<()> {
+        let Style { bold, plain, .. } = self.style;
+        let profile = self.profile;
+        let inuse_objects = total.inuse_objects.unsigned_abs();
+        let inuse_objects = units::counted(inuse_objects, "object");
+        if profile.window.is_some() {
+            let change = units::change(total.inuse_bytes);
+            let sign = if total.inuse_objects < 0 { "-" } else { "+" };
+            let [low, high] = total.inuse_bytes_ci95.map(units::change);
+            let range = if low == high {
+                String::new()
+            } else {
+                format!(" ({low} to {high})")
+            };
+            let change = format!("{bold}{change}{plain}{range} in {sign}{inuse_objects}");
+            self.fact("in use", &change)?;
+        } else {
+            let inuse_bytes = grown(total.inuse_bytes);
+            let inuse_range = range(inuse_bytes, total.inuse_bytes_ci95.map(grown));
+            let inuse_bytes = units::bytes(inuse_bytes);
+            let inuse = format!("{bold}{inuse_bytes}{plain}{inuse_range} in {inuse_objects}");
+            self.fact("in use", &inuse)?;
+        }
+        let allocated = format!(
+            "{}{} in {}, {}",
+            units::bytes(total.alloc_bytes),
+            range(total.alloc_bytes, total.alloc_bytes_ci95),
+            units::counted(total.alloc_objects, "object"),
+            match &process.go {
+                Some(go) if go.is_since_start => "since its start".to_owned(),
+                _ => format!("in {}", duration(profile.duration)),
+            },
+        );
+        self.fact("allocated", &allocated)
+    }
+
     fn fact(&mut self, name: &str, fact: &str) -> io::Result<()> {
         writeln!(self.out, "  {name:<10}  {fact}")
     }
@@ -168,6 +176,9 @@ impl<W: Write> Report<'_, W> {
     }
 
     pub(super) fn nothing_sampled(&mut self, process: &ProcessProfile) -> io::Result<()> {
+        if process.is_refused() {
+            return writeln!(self.out, "\nNothing is known of its heap: see above.");
+        }
         if process.go.is_some() {
             let why = "Nothing was sampled: Go's runtime samples one allocation every\n\
                        MemProfileRate bytes, and the program has made none of these.";

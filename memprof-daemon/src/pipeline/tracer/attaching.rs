@@ -5,20 +5,24 @@ use std::{collections::BTreeSet, time::Duration};
 use memprof_common::{
     config::TargetConfig, function::Function, limits::MAX_TARGETS, unwind::table::MappingList,
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{Command, Tracer, golang::GoImage, prefilter::Choice, random_seed};
 use crate::{
     export::profile::ProbeSite,
     pipeline::{
         install::Holder,
-        scan::Scan,
+        scan::{Scan, Wish},
         stats::milliseconds,
         target::{
             AttachReply, Attached, Image, State, Target, TargetError, probed_site, shown_site,
         },
     },
-    probe::{attach::AttachError, find::AllocatorModule, mode::ModeChoice},
+    probe::{
+        attach::AttachError,
+        find::{AllocatorModule, FindError},
+        mode::ModeChoice,
+    },
     process::history::CodeHistory,
     sample::ImageId,
 };
@@ -43,7 +47,7 @@ impl Tracer {
         if let Some(system) = &mut self.system {
             system.let_go.remove(&pid);
         }
-        self.take_on(pid, mode, holder, reply);
+        self.take_on(pid, mode, holder, Wish::Request, reply);
     }
 
     /// Takes a process on, to be looked at in that way.
@@ -52,6 +56,7 @@ impl Tracer {
         pid: u32,
         mode: ModeChoice,
         holder: Holder,
+        wish: Wish,
         reply: AttachReply,
     ) {
         self.forget_ended(pid);
@@ -80,6 +85,7 @@ impl Tracer {
         let mut target = Target::new(slot, random_seed(), Some(reply));
         target.serial = self.next_serial();
         target.is_shared = is_shared;
+        target.is_by_rule = wish == Wish::Rule;
         target.mode = mode;
         target.jobs = 1;
         target.holder = holder;
@@ -92,7 +98,7 @@ impl Tracer {
         let clear = mode.may_write().then_some(self.options.attach_timeout);
         self.spawn_job(move || Command::Scanned {
             pid,
-            result: scanner.scan(pid, clear).map(Box::new),
+            result: scanner.scan(pid, clear, wish).map(Box::new),
         });
     }
 
@@ -106,6 +112,17 @@ impl Tracer {
             return;
         };
         target.jobs = target.jobs.saturating_sub(1);
+        // Told by BPF of one that shares probes: what was read may be another program's.
+        let execs = target.execs_told;
+        let is_copy = self.is_copy(pid);
+        let Some(target) = self.targets.get_mut(&pid) else {
+            return;
+        };
+        if is_copy && target.is_by_rule && scan.modules.is_empty() {
+            // A child between its fork and its program: the heap is its parent's.
+            let searched = Vec::new();
+            return self.give_up(pid, FindError::NoAllocator { pid, searched }.into());
+        }
         let image = ImageId { pid, epoch: 0 };
         let pending = std::mem::take(&mut target.pending_mappings);
         target.tables.extend(scan.tables);
@@ -115,9 +132,14 @@ impl Tracer {
             CodeHistory::new(scan.mappings, scan.read_ns),
             [0; _],
         );
-        first.go = scan.go.map(GoImage::new);
+        first.is_copy = is_copy && target.is_by_rule;
+        first.set_go(scan.go.filter(|_| execs == 0));
         if let Some(reason) = first.go.as_ref().and_then(GoImage::refusal) {
-            warn!(pid, reason, "its Go heap is not profiled");
+            if target.is_by_rule {
+                info!(pid, reason, "its Go heap is not profiled");
+            } else {
+                warn!(pid, reason, "its Go heap is not profiled");
+            }
         }
         target.images.push(first);
         for event in pending {
@@ -125,7 +147,7 @@ impl Tracer {
         }
         self.compile_missing(pid);
         self.publish_mappings(pid);
-        self.refresh_memory();
+        self.refresh_memory_of(pid);
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
@@ -134,9 +156,13 @@ impl Tracer {
         self.watch_exit(pid, serial, Some(scan.exit));
         if scan.modules.is_empty() {
             // A Go program: there is nothing to probe.
-            return self.nothing_to_attach(pid);
+            self.nothing_to_attach(pid);
+        } else {
+            self.attach_modules(pid, &scan.modules);
         }
-        self.attach_modules(pid, &scan.modules);
+        if execs > 0 {
+            self.meet_image(ImageId { pid, epoch: execs }, None);
+        }
     }
 
     /// Has BPF tell of a process in which nothing is probed: of its `execve`s.
@@ -152,6 +178,7 @@ impl Tracer {
 
     /// Hooks or probes what is not yet of `modules`.
     pub(super) fn attach_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        self.note_modules(pid, modules);
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
@@ -163,6 +190,18 @@ impl Tracer {
             }
             Choice::Open | Choice::Prefilter(_) => self.hook_modules(pid, modules),
             Choice::Uprobe(_) => self.probe_modules(pid, modules),
+        }
+    }
+
+    /// Notes that the present program of a process has allocators: then its stacks are walked.
+    fn note_modules(&mut self, pid: u32, modules: &[AllocatorModule]) {
+        let image = self.targets.get_mut(&pid).and_then(Target::current);
+        let image = image.filter(|image| !modules.is_empty() && !image.has_allocator);
+        if let Some(image) = image {
+            image.has_allocator = true;
+            if image.go.is_some() {
+                self.compile_missing(pid);
+            }
         }
     }
 
@@ -318,7 +357,13 @@ impl Tracer {
                 .last()
                 .map(|image| image.info.comm.clone())
                 .unwrap_or_default();
-            info!(pid, comm, sites = target.sites.len(), "tracing");
+            let sites = target.sites.len();
+            if target.is_shared && target.is_by_rule {
+                // One of many.
+                debug!(pid, comm, sites, "tracing");
+            } else {
+                info!(pid, comm, sites, "tracing");
+            }
             let attached = Attached {
                 pid,
                 comm,

@@ -5,7 +5,7 @@
 //! it replaces its program.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -100,9 +100,24 @@ impl Births {
         }
     }
 
+    /// Whether a process has its parent's memory, as far as is known.
+    pub(super) fn is_copy(&self, pid: u32) -> bool {
+        self.births.get(&pid).is_some_and(|birth| birth.is_copy)
+    }
+
     /// A process has called an allocator: what is known of it.
     pub(super) fn take(&mut self, pid: u32) -> Option<Birth> {
         self.births.remove(&pid)
+    }
+
+    /// Forgets those that are gone although nobody has told: that was lost, or came before it
+    /// was told that they were made, from another processor. `pids` are all that there were
+    /// at a moment.
+    pub(super) fn forget_gone(&mut self, pids: &HashSet<u32>, at_ns: u64) {
+        let ended: HashSet<u32> = self.ended.iter().map(|&(_, pid)| pid).collect();
+        self.births.retain(|pid, birth| {
+            birth.since_ns >= at_ns || pids.contains(pid) || ended.contains(pid)
+        });
     }
 
     /// Forgets those that ended without a call.
@@ -147,6 +162,7 @@ mod tests {
         births.fork(4, 2, 31);
         births.exec(4, "ls".to_owned(), 40);
         births.map(&mapping(4, "/bin/ls"));
+        assert!(births.is_copy(3) && !births.is_copy(4) && !births.is_copy(5));
         let child = births.take(3).expect("the copy");
         assert_eq!(
             (child.parent, child.exe().as_deref()),
@@ -158,6 +174,22 @@ mod tests {
             (Some("ls"), Some("/bin/ls"))
         );
         assert!(births.take(4).is_none());
+    }
+
+    /// Check that one whose end was told before its beginning is forgotten, and none that
+    /// there is, that is new, or of which a call may yet be told.
+    #[test]
+    fn gone() {
+        let mut births = Births::default();
+        births.exit(2);
+        births.fork(2, 1, 10);
+        births.fork(3, 1, 10);
+        births.fork(4, 1, 10);
+        births.exit(4);
+        births.fork(5, 1, 20);
+        births.forget_gone(&[1, 3].into(), 20);
+        let left: HashSet<u32> = births.births.keys().copied().collect();
+        assert_eq!(left, [3, 4, 5].into());
     }
 
     /// Check that it does not grow without end.

@@ -17,7 +17,7 @@ use crate::{
     decode::{alloc_key, alloc_sample, decode, is_unsent},
     ledger::{AllocOutcome, StackTrace},
     pipeline::target::{Image, Target},
-    sample::{AllocKey, AllocSample, ImageId, Sample},
+    sample::{AllocKey, AllocSample, ImageId, Sample, StackId},
 };
 
 /// Losses after which the books differ from the live map.
@@ -26,6 +26,10 @@ const REPAIRED_BY_SWEEP: [DropReason; 3] = [
     DropReason::AllocUnreported,
     DropReason::FreeRingFull,
 ];
+
+/// Stacks of which the frames are known, at most: some hundred megabytes. A program that
+/// recurses, or makes code at run time, can have as many as it likes.
+pub(super) const MAX_STACKS: usize = 1 << 18;
 
 /// Sweeps in a row, at most. Two are enough once the targets are quiet.
 const MAX_SWEEPS: u32 = 4;
@@ -36,7 +40,7 @@ impl Tracer {
             Sample::Alloc(alloc) => {
                 self.meet_image(alloc.key.image, None);
                 let alloc = self.with_version(alloc);
-                let outcome = self.ledger.alloc(&alloc);
+                let outcome = self.ledger.alloc(&alloc.0);
                 self.note_version(&alloc, outcome);
             }
             Sample::Free(free) => {
@@ -89,25 +93,26 @@ impl Tracer {
             .any(|sample| matches!(sample, Sample::Alloc(_)))
     }
 
-    /// Copies a stack's frames from BPF when its name is first met.
-    fn learn_stack(&mut self, stack: StackKey) {
+    /// Copies a stack's frames from BPF when its name is first met; whether they are known
+    /// then.
+    fn learn_stack(&mut self, stack: StackKey) -> bool {
+        let is_kept = self.keep_stack(stack);
+        // BPF has put it into its map, maybe again.
+        if stack != StackKey::UNKNOWN && self.stacks.in_map.insert(stack) {
+            self.make_room_for_stacks();
+        }
+        is_kept
+    }
+
+    fn keep_stack(&mut self, stack: StackKey) -> bool {
         if self.ledger.knows_stack(stack) {
-            return;
+            return true;
         }
-        if !self.ledger.has_room_for_stacks() {
-            // Nobody will have it: it makes room in BPF with the others.
-            if self.refused_stacks.insert(stack) {
-                self.make_room_for_stacks();
-            }
-            return;
+        if self.ledger.known_stacks() >= MAX_STACKS || !self.ledger.has_room_for_stacks() {
+            return false;
         }
-        self.refused_stacks.remove(&stack);
         match self.stack_map.get(&stack, 0) {
-            Ok(record) => {
-                self.ledger.add_stack(stack, trace(&record));
-                self.learnt.push(stack);
-                self.make_room_for_stacks();
-            }
+            Ok(record) => self.ledger.add_stack(stack, trace(&record)),
             Err(error) => {
                 // BPF puts a stack into the map before it names it, and only
                 // known ones are removed: not to be expected.
@@ -116,12 +121,17 @@ impl Tracer {
                 self.ledger.add_stack(stack, StackTrace::default());
             }
         }
+        true
     }
 
     /// The sample, with the version of its stack: what code its addresses were at its time.
-    fn with_version(&mut self, sample: &AllocSample) -> AllocSample {
-        self.learn_stack(sample.stack.key);
+    /// And whether its stack is kept.
+    fn with_version(&mut self, sample: &AllocSample) -> (AllocSample, bool) {
         let mut sample = *sample;
+        if !self.learn_stack(sample.stack.key) {
+            sample.stack = StackId::first(StackKey::UNKNOWN);
+            return (sample, false);
+        }
         let by_tables = self.options.unwind != Unwind::FramePointers;
         if let Some(trace) = self.ledger.trace(sample.stack.key)
             && let Some(image) = image_of(&mut self.targets, sample.key.image)
@@ -132,12 +142,12 @@ impl Tracer {
                 .versions
                 .version(&image.code, stack, time_ns, by_tables);
         }
-        sample
+        (sample, true)
     }
 
     /// Counts a sample that was booked, if its walk took code for what was there before, or
-    /// if it is not known any more what was.
-    fn note_version(&mut self, sample: &AllocSample, outcome: AllocOutcome) {
+    /// if it is not known any more what was; and if its stack is not kept.
+    fn note_version(&mut self, (sample, is_kept): &(AllocSample, bool), outcome: AllocOutcome) {
         let is_new = matches!(
             outcome,
             AllocOutcome::Recorded | AllocOutcome::Replaced | AllocOutcome::Stale
@@ -149,6 +159,9 @@ impl Tracer {
             if image.code.is_forgotten(sample.timestamp_ns) {
                 image.versions.late_samples += 1;
             }
+            if !is_kept {
+                image.unkept_stacks += 1;
+            }
         }
     }
 
@@ -157,10 +170,10 @@ impl Tracer {
     /// same name, since the name is a hash of the frames.
     fn make_room_for_stacks(&mut self) {
         let limit = self.memory.budget.sizes.stack_entries as usize / 4 * 3;
-        if self.learnt.len() + self.refused_stacks.len() < limit.max(1) {
+        if self.stacks.in_map.len() < limit.max(1) {
             return;
         }
-        for stack in self.learnt.drain(..).chain(self.refused_stacks.drain()) {
+        for stack in self.stacks.in_map.drain() {
             if let Err(error) = self.stack_map.remove(&stack) {
                 debug!(%error, "cannot remove a stack from the BPF map");
             }
@@ -236,7 +249,7 @@ impl Tracer {
             if let Ok(sample) = alloc_sample(key, value) {
                 self.meet_image(sample.key.image, None);
                 let sample = self.with_version(&sample);
-                let outcome = self.ledger.recover(&sample);
+                let outcome = self.ledger.recover(&sample.0);
                 self.note_version(&sample, outcome);
             }
         }

@@ -60,6 +60,8 @@ impl Tracer {
             Some((parent, image)) => (image.code.inherit(), parent.tables.clone()),
             None => (self.code_of(&birth), HashMap::new()),
         };
+        // It has begun another program than the one that made the call, or makes it late.
+        let maps_go = !birth.is_copy && self.is_go(&code);
         // Who was let go, and takes a slot all the same, runs another program.
         if let Some(system) = &mut self.system {
             system.let_go.remove(&pid);
@@ -90,6 +92,8 @@ impl Tracer {
         target.tables = tables;
         let mut image = Image::new(ImageId { pid, epoch: 0 }, info, code, [0; _]);
         image.inherited = inherited;
+        image.is_copy = birth.is_copy;
+        image.maps_go = maps_go;
         target.images.push(image);
         let serial = target.serial;
         self.targets.insert(pid, target);
@@ -119,6 +123,12 @@ impl Tracer {
             }
         }
         CodeHistory::new(mappings, last.timestamp_ns)
+    }
+
+    /// Whether something of it was built by Go.
+    fn is_go(&self, code: &CodeHistory) -> bool {
+        let files = code.now().files();
+        files.iter().any(|file| self.scanner.is_go(file))
     }
 
     /// A process that has turned up was looked at.
@@ -193,6 +203,14 @@ impl Tracer {
             // None of its threads is left to run a program.
             self.give_back(target.slot, false);
         }
+    }
+
+    /// Whether a process has its parent's memory, as far as is known; only asked where every
+    /// process is traced.
+    pub(super) fn is_copy(&self, pid: u32) -> bool {
+        self.system
+            .as_ref()
+            .is_some_and(|system| system.births.is_copy(pid))
     }
 
     /// Has BPF let a process go that is traced with all others.

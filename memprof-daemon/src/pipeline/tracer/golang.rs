@@ -17,7 +17,8 @@ use crate::{
     export::profile::GoFacts,
     golang::{Bucket, FoundGo, GoError, GoSource, Reading, counters},
     ledger::StackCounters,
-    pipeline::{capture::GoCapture, target::Image},
+    pipeline::{capture::GoCapture, stats::GoStatus, target::Image},
+    process::info::ProcessInfo,
     sample::ImageId,
 };
 
@@ -26,6 +27,9 @@ const READ_EVERY: Duration = Duration::from_secs(1);
 
 /// Reading takes one part in so many of a processor's time at most.
 const SHARE: u32 = 100;
+
+/// Where many programs are read, all readings together take one part in so many.
+const SHARE_OF_ALL: u32 = 20;
 
 /// Readings of the same content after which only a change of the cycle has it read again, ...
 const SAME: u32 = 3;
@@ -38,8 +42,13 @@ const LOOKS: u32 = 10;
 pub(in crate::pipeline) enum GoImage {
     /// It can be read.
     Read(GoTarget),
-    /// It cannot, for this reason; the image's calls of `malloc` are looked at all the same.
-    Refused(String),
+    /// It cannot; the image's calls of `malloc` are looked at all the same, if it makes any.
+    Refused {
+        /// The version of the Go that built it.
+        version: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A Go program that is read.
@@ -51,6 +60,8 @@ pub(in crate::pipeline) struct GoTarget {
     last: Option<Arc<Reading>>,
     /// Bytes allocated in `first`.
     first_bytes: f64,
+    /// When its cycle was first seen to be what it is in `last`, if it was another before.
+    published: Option<Instant>,
     /// All of `last`.
     sum: StackCounters,
     /// Why the last try came to nothing.
@@ -73,13 +84,14 @@ pub(in crate::pipeline) struct GoRead {
 
 impl GoImage {
     pub(in crate::pipeline) fn new(found: FoundGo) -> Self {
-        match found {
+        match found.profile {
             Ok((source, first)) => {
                 let mut target = GoTarget {
                     source,
                     first: None,
                     last: None,
                     first_bytes: 0.0,
+                    published: None,
                     sum: StackCounters::default(),
                     failure: None,
                     next: Instant::now() + READ_EVERY,
@@ -94,14 +106,45 @@ impl GoImage {
                 }
                 Self::Read(target)
             }
-            Err(error) => Self::Refused(error.to_string()),
+            Err(error) => Self::Refused {
+                version: found.version,
+                reason: error.to_string(),
+            },
         }
     }
 
     pub(in crate::pipeline) const fn target(&self) -> Option<&GoTarget> {
         match self {
             Self::Read(target) => Some(target),
-            Self::Refused(_) => None,
+            Self::Refused { .. } => None,
+        }
+    }
+
+    /// What has it read once more.
+    pub(super) fn last_reading(
+        &self,
+        image: ImageId,
+    ) -> Option<impl FnOnce() -> GoRead + Send + 'static> {
+        let source = Arc::clone(self.target()?.source());
+        Some(move || GoRead {
+            image,
+            result: source.read(),
+            _done: None,
+        })
+    }
+
+    /// What is told of it wherever it is.
+    pub(super) fn status(&self, ended: Option<Instant>) -> GoStatus {
+        match self {
+            Self::Read(target) => target.status(ended),
+            Self::Refused { version, reason } => GoStatus {
+                version: version.clone(),
+                mem_profile_rate: None,
+                age_s: None,
+                published_s: None,
+                refusal: Some(reason.clone()),
+                failure: None,
+            },
         }
     }
 
@@ -109,8 +152,38 @@ impl GoImage {
     pub(in crate::pipeline) fn refusal(&self) -> Option<&str> {
         match self {
             Self::Read(_) => None,
-            Self::Refused(reason) => Some(reason),
+            Self::Refused { reason, .. } => Some(reason),
         }
+    }
+}
+
+impl Image {
+    /// It is the Go program that was found in it, if one was.
+    pub(in crate::pipeline) fn set_go(&mut self, found: Option<FoundGo>) {
+        self.go = found.filter(|_| !self.is_copy).map(GoImage::new);
+    }
+
+    /// Whether it is a Go program that calls no allocator.
+    pub(in crate::pipeline) const fn is_only_go(&self) -> bool {
+        self.go.is_some() && !self.has_allocator
+    }
+
+    /// Whether it is one of which nothing can be read.
+    pub(in crate::pipeline) fn is_refused(&self) -> bool {
+        let refusal = self.go.as_ref().and_then(GoImage::refusal);
+        refusal.is_some() && !self.has_allocator
+    }
+
+    /// Whether it has ended before what Go has built in it could be read.
+    pub(in crate::pipeline) const fn has_missed_go(&self) -> bool {
+        self.maps_go && self.go.is_none()
+    }
+
+    /// Whether it is what a process still runs in which something of Go's was found, and that is
+    /// not known of it.
+    pub(in crate::pipeline) fn lacks_go(&self, now: &ProcessInfo) -> bool {
+        let is_it = self.info.start_ticks == now.start_ticks && self.info.exe == now.exe;
+        is_it && self.go.is_none() && !self.is_copy
     }
 }
 
@@ -142,6 +215,11 @@ impl GoTarget {
         if self.last.as_ref().is_some_and(|last| last.at > reading.at) {
             return;
         }
+        // The lowest bit says whether the cycle was added to what is published.
+        let cycle_before = self.last.as_ref().map(|last| last.cycle >> 1);
+        if cycle_before.is_some_and(|before| before != reading.cycle >> 1) {
+            self.published = Some(reading.at);
+        }
         let is_same = self.last.as_ref().is_some_and(|last| {
             last.cycle == reading.cycle
                 && !reading.is_early
@@ -158,7 +236,20 @@ impl GoTarget {
         self.last = Some(Arc::new(reading));
     }
 
-    /// What is told of it.
+    fn status(&self, ended: Option<Instant>) -> GoStatus {
+        let until = ended.unwrap_or_else(Instant::now);
+        let seconds = |since: Instant| until.saturating_duration_since(since).as_secs_f64();
+        GoStatus {
+            version: self.source.program().version().to_owned(),
+            mem_profile_rate: self.last().map(|last| last.rate_bytes),
+            age_s: self.last().map(|last| seconds(last.at)),
+            published_s: self.published.map(seconds),
+            refusal: None,
+            failure: self.failure.clone(),
+        }
+    }
+
+    /// What is told of it in a profile.
     pub(super) fn facts(&self, ended: Option<Instant>, is_since_start: bool) -> GoFacts {
         let last = self.last.as_deref();
         let until = ended.unwrap_or_else(Instant::now);
@@ -242,10 +333,17 @@ impl Tracer {
     pub(super) fn read_go_in_turn(&mut self) {
         let now = Instant::now();
         let mut due = Vec::new();
+        // If each was read once that is.
+        let mut round = Duration::ZERO;
         for target in self.targets.values_mut().filter(|target| target.is_live()) {
             let Some(image) = target.images.last_mut() else {
                 continue;
             };
+            if let Some(GoImage::Read(go)) = &image.go {
+                let is_quiet = go.same >= SAME;
+                let last = go.last().filter(|_| !is_quiet);
+                round += last.map_or(Duration::ZERO, |last| last.took);
+            }
             if let Some(GoImage::Read(go)) = &mut image.go
                 && !go.is_reading
                 && go.next <= now
@@ -256,6 +354,7 @@ impl Tracer {
                 due.push((image.id, Arc::clone(&go.source), look));
             }
         }
+        self.go_rest = round * SHARE_OF_ALL;
         for (image, source, look) in due {
             self.spawn_job(move || {
                 let result = match look {
@@ -308,11 +407,12 @@ impl Tracer {
             return;
         };
         let has_ended = image.ended();
+        let all_rest = self.go_rest;
         let Some(GoImage::Read(go)) = &mut image.go else {
             return;
         };
         go.is_reading = false;
-        let mut rest = READ_EVERY;
+        let mut rest = READ_EVERY.max(all_rest);
         match read.result {
             Ok(Some(reading)) => {
                 rest = rest.max(reading.took * SHARE);

@@ -16,7 +16,7 @@ use super::{
     golang::GoRead,
     marks::Mark,
     prefilter::Hooked,
-    rules::Considered,
+    rules::{Considered, LetGo},
     system::{Everyone, StartReply},
     targets::{LeaveError, LeaveReply, Left, TakenOut},
 };
@@ -27,14 +27,11 @@ use crate::{
         install::{Holder, Job},
         scan::Scan,
         stats::{ProcessSummary, Stats},
-        sweep::Swept,
+        sweep::{Looked, Swept},
         tables::FileTable,
         target::{AttachReply, Attached, TargetError},
     },
-    probe::{
-        attach::{AttachError, FileId},
-        find::AllocatorModule,
-    },
+    probe::attach::{AttachError, FileId},
     sample::ImageId,
 };
 
@@ -88,8 +85,14 @@ pub(in crate::pipeline) enum Command {
         result: Result<Attached, TargetError>,
     },
     Swept(Swept),
-    /// Files that were mapped, by whomever, and have allocators.
-    Looked(Vec<AllocatorModule>),
+    /// Files that were mapped, by whomever.
+    Looked(Looked),
+    /// What has come of taking a Go program on, where every process is traced.
+    GoAttach {
+        pid: u32,
+        runs: LetGo,
+        result: Result<Attached, TargetError>,
+    },
     /// A file was probed for all, or could not be.
     Shared {
         file: FileId,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use tracing::{debug, info, warn};
 
-use super::{Command, Tracer, attaching::Found, golang::GoImage};
+use super::{Command, Tracer, attaching::Found};
 use crate::{
     pipeline::{
         install::take_out,
@@ -81,6 +81,11 @@ impl Tracer {
         let Some(file) = file else {
             return;
         };
+        if let Some(image) = target.images.last_mut()
+            && !image.maps_go
+        {
+            image.maps_go = self.scanner.is_go(&file);
+        }
         let id = (file.device, file.inode);
         if !target.tables.contains_key(&id) {
             target.mapped_ns.entry(id).or_insert(event.timestamp_ns);
@@ -176,7 +181,7 @@ impl Tracer {
         {
             current.info = scan.info;
             if current.go.is_none() {
-                current.go = scan.go.map(GoImage::new);
+                current.set_go(scan.go);
             }
             current.code.learn_all(&scan.mappings, scan.read_ns);
             target.tables.extend(scan.tables);
@@ -250,11 +255,13 @@ impl Tracer {
             target.is_clearing = true;
             self.prober.detach_soon(slot);
         }
+        let mut next = Image::new(image, info, code, losses);
         if let Some(current) = target.images.last_mut() {
             current.end(losses);
             Self::end_go(current);
+            // Records about what the next one maps have come before the news of it.
+            next.maps_go = current.has_missed_go();
         }
-        let mut next = Image::new(image, info, code, losses);
         next.totals.set_base(totals_base);
         let is_unwanted = self
             .targets
@@ -293,6 +300,11 @@ impl Tracer {
     /// Asks the kernel what every process holds now.
     pub(super) fn refresh_memory(&mut self) {
         self.refresh_memory_from(0, usize::MAX);
+    }
+
+    /// Asks the kernel what one process holds.
+    pub(super) fn refresh_memory_of(&mut self, pid: u32) {
+        self.refresh_memory_from(pid, 1);
     }
 
     /// Asks for some of the processes, in turn: where all are traced, they are many.
@@ -390,7 +402,10 @@ impl Tracer {
             return;
         };
         Self::end_go(image);
-        let image = image.id;
+        let (image, has_missed_go) = (image.id, image.has_missed_go());
+        if has_missed_go {
+            self.miss_go(pid);
+        }
         self.close_books(image);
         if !self.is_left_alone(pid)
             && let Err(error) = self.slot_map.remove(&pid)

@@ -95,6 +95,10 @@ impl Tracer {
                 .map(|file| (file.device, file.inode))
                 .collect();
             target.tables.retain(|file, _| used.contains(file));
+            target.seen_files.retain(|file| used.contains(file));
+            target
+                .mapped_ns
+                .retain(|file, _| used.contains(file) || target.compiling.contains(file));
             let now_ns = monotonic_ns();
             for (_, since_ns) in target
                 .mapped_ns
@@ -117,6 +121,10 @@ impl Tracer {
         let Some(image) = target.images.last() else {
             return;
         };
+        // No stack of it is walked.
+        if image.is_only_go() {
+            return;
+        }
         let files: Vec<_> = image
             .code
             .now()

@@ -19,7 +19,7 @@ use crate::{
         stats::{MemoryBytes, MemoryStats},
         target::Target,
     },
-    probe::own_heap,
+    probe::heap::give_back_holes,
     process::{info::read_memory, mapping::Mapping},
     symbolize::SymbolizeHandle,
 };
@@ -90,7 +90,7 @@ impl Memory {
         let is_under_way = Arc::clone(&self.is_giving_back);
         if !is_under_way.swap(true, Ordering::Relaxed) {
             tokio::task::spawn_blocking(move || {
-                own_heap::give_back_free();
+                give_back_holes();
                 is_under_way.store(false, Ordering::Relaxed);
             });
         }
@@ -139,7 +139,7 @@ impl Tracer {
             self.memory.cache_drops += 1;
             self.memory.names.forget();
             self.scanner.forget_files(Duration::ZERO);
-            self.forget_unused_stacks();
+            self.forget_stacks_soon();
         } else {
             self.forget_some_ended();
         }
@@ -160,7 +160,7 @@ impl Tracer {
             self.forget_ended(*pid);
         }
         self.memory.forgotten_early += ended.len() as u64;
-        self.forget_unused_stacks();
+        self.forget_stacks_soon();
         self.memory
             .warn("processes that have ended are forgotten earlier than --keep-exited says");
     }

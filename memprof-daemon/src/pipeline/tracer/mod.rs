@@ -2,9 +2,10 @@
 //!
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
-//! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
-//! `memory` keeps below the limit,
-//! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
+//! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
+//! of them, `marks` counts from a moment on, `memory` keeps below the limit,
+//! `rules` and `manner` choose among all processes, `go_programs` finds Go programs among them,
+//! `golang` has their profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -15,9 +16,12 @@ mod births;
 mod booking;
 mod claims;
 mod config;
+mod forgetting;
+mod go_programs;
 pub(super) mod golang;
 mod handle;
 mod life;
+mod looked_at;
 mod manner;
 mod mappings;
 mod marks;
@@ -32,7 +36,7 @@ pub(super) mod targets;
 mod totals;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::Arc,
@@ -62,7 +66,9 @@ pub use self::{
     system::Everyone,
     targets::{LeaveError, Left},
 };
-use self::{handle::Command, marks::Mark, memory::Memory, slots::Slots, system::System};
+use self::{
+    forgetting::Stacks, handle::Command, marks::Mark, memory::Memory, slots::Slots, system::System,
+};
 use super::{
     budget::{Budget, Host, MaxMemory, TooLittle, WantedSizes},
     prober::ProberHandle,
@@ -77,6 +83,7 @@ use crate::{
     filter::Filters,
     ledger::Ledger,
     probe::{
+        heap::give_back_holes,
         live_map::LiveMap,
         loader::{self, LoadError, LoadOptions},
         mode::{ModeChoice, ProbeMode},
@@ -166,6 +173,9 @@ const HOLD_FILES: Duration = Duration::from_secs(10);
 /// How often what nobody announces is looked after: new mappings, lost events.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How often free memory is given back.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(30);
+
 /// How many ticks pass between rounds of what costs more: sweeps, and readings
 /// of the targets' memory.
 const SLOW_TICKS: u32 = 10;
@@ -182,13 +192,8 @@ pub struct Tracer {
     totals_map: PerCpuArray<MapData, TargetTotals>,
     live_map: LiveMap,
     stack_map: HashMap<MapData, StackKey, StackRecord>,
-    /// Stacks that are in the BPF map and in the ledger.
-    learnt: Vec<StackKey>,
-    /// Stacks that are in the BPF map, and that the ledger has no room for.
-    refused_stacks: HashSet<StackKey>,
     memory: Memory,
-    /// Known stacks at which those that nobody has are forgotten.
-    stacks_wanted: usize,
+    stacks: Stacks,
     stack_seed: u64,
     mmap_events: MmapEvents,
     mmap_alarm: Option<MmapAlarm>,
@@ -201,6 +206,8 @@ pub struct Tracer {
     /// Where every process is traced.
     system: Option<System>,
     last_serial: u64,
+    /// From one reading of a Go program to the next at least, since there are so many.
+    go_rest: Duration,
     /// The process whose memory is asked for next.
     memory_turn: u32,
     /// Processes that are traced with all others and are not to be.
@@ -225,6 +232,8 @@ pub struct Tracer {
     commands: mpsc::Receiver<Command>,
     live: watch::Sender<usize>,
     started: Instant,
+    /// When free memory was last given back.
+    given_back: Instant,
     /// The last sweep could not settle everything.
     sweep_again: bool,
     sweeps: u64,
@@ -315,10 +324,8 @@ impl Tracer {
             totals_map: loaded.maps.totals,
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
-            learnt: Vec::new(),
-            refused_stacks: HashSet::new(),
             memory: Memory::new(budget, names),
-            stacks_wanted: targets::MANY_STACKS,
+            stacks: Stacks::default(),
             stack_seed: random_seed(),
             mmap_alarm: Some(mmap_events.alarm()?),
             mmap_rest: None,
@@ -334,6 +341,7 @@ impl Tracer {
             ),
             system,
             last_serial: 0,
+            go_rest: Duration::ZERO,
             memory_turn: 0,
             unwanted: Vec::new(),
             replaced: Vec::new(),
@@ -351,6 +359,7 @@ impl Tracer {
             commands,
             live,
             started: Instant::now(),
+            given_back: Instant::now(),
             sweep_again: false,
             sweeps: 0,
             failed_sweeps: 0,
@@ -465,7 +474,8 @@ impl Tracer {
             Command::Considered(considered) => self.considered(considered),
             Command::Unshared => self.unshared(),
             Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
-            Command::Looked(modules) => self.share_modules(&modules),
+            Command::Looked(looked) => self.looked(looked),
+            Command::GoAttach { pid, runs, result } => self.go_taken_on(pid, runs, result),
             Command::Shared { file, result } => self.shared(file, result),
             Command::Met { pid, serial, scan } => self.met(pid, serial, scan),
             Command::SlotFree { slot, pid } => {
@@ -521,6 +531,10 @@ impl Tracer {
             self.sweep_if_lossy();
             self.refresh_memory_in_turn();
             self.read_go_in_turn();
+            if self.given_back.elapsed() >= GIVE_BACK_EVERY {
+                self.given_back = Instant::now();
+                tokio::task::spawn_blocking(give_back_holes);
+            }
         }
     }
 
@@ -554,10 +568,10 @@ impl Tracer {
         tokio::spawn(async move {
             // It is never closed.
             let turn = jobs.acquire_owned().await;
-            tokio::task::spawn_blocking(move || {
-                job();
-                drop(turn);
-            });
+            // Not given up within the job: its thread would not be free yet for the next one,
+            // which would get a new thread.
+            let _ = tokio::task::spawn_blocking(job).await;
+            drop(turn);
         });
     }
 

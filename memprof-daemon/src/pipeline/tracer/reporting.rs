@@ -64,7 +64,8 @@ impl Tracer {
                 let stacks = snapshot.remove(&image.id).unwrap_or_default();
                 let lost = image.losses(losses, &self.ledger.tally(image.id));
                 let go = image.go.as_ref().and_then(GoImage::target);
-                let is_go = go.is_some();
+                let is_only_go = image.is_only_go() && stacks.is_empty();
+                let is_read = go.is_some();
                 images.extend(go.map(|go| ImageCapture {
                     inherited: None,
                     info: image.info.clone(),
@@ -80,17 +81,18 @@ impl Tracer {
                     go: Some(basis.go(go, image)),
                     go_refusal: None,
                 }));
-                // What is not probed has no other profile.
-                if is_go && stacks.is_empty() && target.sites.is_empty() {
+                // What calls no allocator has no other profile.
+                if is_only_go && is_read {
                     continue;
                 }
                 images.push(ImageCapture {
                     info: image.info.clone(),
                     exited: image.ended(),
-                    engine: image
-                        .engine
-                        .clone()
-                        .unwrap_or_else(|| target.choice.engine()),
+                    engine: match &image.engine {
+                        _ if is_only_go => Engine::GoRuntime,
+                        Some(engine) => engine.clone(),
+                        None => target.choice.engine(),
+                    },
                     memory: image.memory,
                     go: None,
                     go_refusal: image
@@ -100,7 +102,9 @@ impl Tracer {
                         .map(str::to_owned),
                     traced: basis.traced(image),
                     inherited: image.inherited,
-                    totals: basis.totals(image, image.totals.exact()),
+                    totals: basis
+                        .totals(image, image.totals.exact())
+                        .filter(|_| !is_only_go),
                     losses: basis.losses(image, lost),
                     mappings: image.code.first().clone(),
                     perf_map: image.perf_map.clone(),
@@ -155,6 +159,7 @@ impl Tracer {
             free_slots: self.slots.free(),
             unclaimed_calls: self.slots.unclaimed_calls(),
             forgotten_processes: self.forgotten_targets,
+            missed_go_programs: self.system.as_ref().map_or(0, |system| system.go.missed()),
             missing_stacks: self.missing_stacks,
             unwind: self.options.unwind.name(),
             unwind_table_bytes: self.tables.bytes(),
@@ -211,6 +216,7 @@ impl Tracer {
             state: target.state_name(),
             engine: engine.name(),
             engine_reason: engine.reason().map(str::to_owned),
+            go: image.and_then(|image| Some(image.go.as_ref()?.status(image.until()))),
             cost: cost_of(target),
             books: self.books_of(target),
         }
@@ -218,39 +224,22 @@ impl Tracer {
 
     /// What a target's books say, in short.
     fn books_of(&self, target: &Target) -> Books {
-        let mut sums = self.sums_of(target);
-        let mut allocated = StackCounters::default();
+        let losses = self.losses(target.slot);
+        let mut counted = target.replaced.clone();
+        // Of a program that was replaced nothing is in use any more.
         let mut held = StackCounters::default();
-        let mut exact_bytes = Some(0);
         for image in &target.images {
-            // Of a program that was replaced nothing is in use any more.
-            held = self.ledger.sum(image.id);
-            if let Some(go) = image.go.as_ref().and_then(GoImage::target) {
-                held += *go.sum();
-                sums.alloc_events += go.sum().samples;
-                // The rate is of the time since the attach.
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    clippy::cast_sign_loss,
-                    reason = "it saturates, and is not negative"
-                )]
-                let since_found = go.bytes_since_found() as u64;
-                exact_bytes = exact_bytes.map(|bytes| bytes + since_found);
-            }
-            allocated += held;
-            let exact = image.totals.exact();
-            exact_bytes = exact_bytes
-                .zip(exact)
-                .map(|(sum, exact)| sum + exact.calls.alloc_bytes);
+            let of_image = self.counted(image, losses);
+            held = of_image.allocated;
+            counted.add(&of_image);
         }
-        let since = target.images.first().map(Image::since);
         let until = target.images.last().and_then(Image::until);
-        let traced = since.map_or(Duration::ZERO, |since| {
+        let traced = counted.since.map_or(Duration::ZERO, |since| {
             until
                 .unwrap_or_else(Instant::now)
                 .saturating_duration_since(since)
         });
-        Books::new(sums, &allocated, &held, exact_bytes, traced)
+        Books::new(counted, &held, traced)
     }
 
     /// The sums over all targets, also those that are forgotten.
@@ -272,9 +261,7 @@ impl Tracer {
 /// How the calls of a target's present or last program are looked at.
 fn engine_of(target: &Target) -> Engine {
     let image = target.images.last();
-    let is_go =
-        image.is_some_and(|image| image.go.as_ref().is_some_and(|go| go.target().is_some()));
-    if is_go && target.sites.is_empty() {
+    if image.is_some_and(Image::is_only_go) {
         return Engine::GoRuntime;
     }
     let engine = image.and_then(|image| image.engine.clone());

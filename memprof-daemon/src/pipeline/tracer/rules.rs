@@ -20,7 +20,7 @@ use crate::{
     causes::with_causes,
     pipeline::{
         install::Holder,
-        scan::Scanner,
+        scan::{Scanner, Wish, monotonic_ns},
         sweep::all_pids,
         target::{Attached, Target, TargetError},
     },
@@ -37,13 +37,15 @@ const TRIES: u32 = 10;
 pub(in crate::pipeline) struct Considered {
     /// Who they are: rules may have changed since, and are asked when this arrives.
     infos: Vec<ProcessInfo>,
-    /// All that there are, if all were looked through.
+    /// All that there are, if all were looked through ...
     all: Option<HashSet<u32>>,
+    /// ... from then on.
+    begun_ns: u64,
 }
 
-/// A process that somebody had let go, and its program.
+/// A process that somebody had let go, or that could not be taken on, and its program.
 #[derive(Debug)]
-pub(super) struct LetGo {
+pub(in crate::pipeline) struct LetGo {
     start_ticks: u64,
     exe: String,
 }
@@ -175,6 +177,7 @@ impl Tracer {
         };
         one_by_one.looks += 1;
         self.spawn_job(move || {
+            let begun_ns = monotonic_ns();
             let all: Option<HashSet<u32>> =
                 pids.is_none().then(|| all_pids().into_iter().collect());
             let looked_at: Vec<u32> = match (&all, pids) {
@@ -182,7 +185,11 @@ impl Tracer {
                 (None, pids) => pids.into_iter().flatten().collect(),
             };
             let infos = looked_at.into_iter().filter_map(Scanner::info).collect();
-            Command::Considered(Considered { infos, all })
+            Command::Considered(Considered {
+                infos,
+                all,
+                begun_ns,
+            })
         });
     }
 
@@ -194,6 +201,7 @@ impl Tracer {
         one_by_one.looks += 1;
         let known = one_by_one.known.clone();
         self.spawn_job(move || {
+            let begun_ns = monotonic_ns();
             let all: HashSet<u32> = all_pids().into_iter().collect();
             let infos = all
                 .difference(&known)
@@ -202,6 +210,7 @@ impl Tracer {
             Command::Considered(Considered {
                 infos,
                 all: Some(all),
+                begun_ns,
             })
         });
     }
@@ -209,7 +218,11 @@ impl Tracer {
     /// Processes were looked at: takes on whom rules want, and lets those go that they do not
     /// want any more, or otherwise.
     pub(super) fn considered(&mut self, considered: Considered) {
-        let Considered { infos, all } = considered;
+        let Considered {
+            infos,
+            all,
+            begun_ns,
+        } = considered;
         let Some(system) = &mut self.system else {
             return;
         };
@@ -222,6 +235,7 @@ impl Tracer {
             one_by_one.tried.retain(|pid, _| all.contains(pid));
             one_by_one.told.retain(|pid| all.contains(pid));
             system.let_go.retain(|pid, _| all.contains(pid));
+            system.births.forget_gone(&all, begun_ns);
             one_by_one.known = all;
         }
         if is_changing {
@@ -255,10 +269,7 @@ impl Tracer {
         };
         one_by_one.under_way += 1;
         let (reply, answer) = oneshot::channel();
-        self.take_on(pid, mode, Holder::Nobody, reply);
-        if let Some(target) = self.targets.get_mut(&pid).filter(|target| target.is_live()) {
-            target.is_by_rule = true;
-        }
+        self.take_on(pid, mode, Holder::Nobody, Wish::Rule, reply);
         let myself = self.myself.clone();
         tokio::spawn(async move {
             let result = answer.await.unwrap_or(Err(TargetError::Stopped));
@@ -306,7 +317,7 @@ impl Tracer {
     }
 
     /// Lets a process go that rules leave out by now.
-    fn leave_if_left_out(&mut self, pid: u32) {
+    pub(super) fn leave_if_left_out(&mut self, pid: u32) {
         let is_left_out = self.targets.get(&pid).is_some_and(|target| {
             let info = target.images.last().map(|image| &image.info);
             target.is_by_rule

@@ -4,11 +4,11 @@
 //! mappings from then on, and by further looks through `/proc`, which heal what was missed.
 //! Processes are found by themselves: the first call of one takes a slot in BPF, and an event
 //! tells of it ([`Tracer::claimed`]). From then on it is a target like others, except that no
-//! probe is its own.
+//! probe is its own. Go programs, which may never make one, are found by the files that they map
+//! ([`Tracer::go_mapped`]).
 
 use std::{
     collections::{BTreeSet, HashMap},
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -20,13 +20,15 @@ use tracing::{info, warn};
 use super::{
     Command, Tracer,
     births::Births,
+    go_programs::GoPrograms,
+    looked_at::LookedAt,
     rules::{LetGo, OneByOne},
 };
 use crate::{
     causes::with_causes,
     export::profile::ProbeSite,
     pipeline::{
-        sweep::Swept,
+        sweep::{Looked, Swept},
         target::{Target, TargetError, probed_site, shown_site},
     },
     probe::{
@@ -42,13 +44,6 @@ const SWEEP_EVERY: Duration = Duration::from_secs(15);
 /// A file that nobody maps any more is probed so long: holding it keeps its file system
 /// busy, and to probe it anew costs milliseconds in which calls are missed.
 const KEEP_UNUSED: Duration = Duration::from_secs(30);
-
-/// A file that was looked at and has no allocator is not looked at again so long. Another
-/// one can have its inode by then.
-const LOOK_AGAIN: Duration = Duration::from_secs(10);
-
-/// Files that are remembered as looked at, at most.
-const MAX_LOOKED_AT: usize = 1 << 14;
 
 /// Says where processes are probed, once they are.
 pub(in crate::pipeline) type StartReply = oneshot::Sender<Result<Everyone, TargetError>>;
@@ -86,8 +81,10 @@ enum FileState {
 pub(super) struct System {
     files: HashMap<FileId, SharedFile>,
     next_site: u16,
-    /// Files that were mapped and looked at, by the kernel's device and inode, and path.
-    looked_at: HashMap<(u32, u32, u64, PathBuf), Instant>,
+    /// Files that were mapped and looked at.
+    pub(super) looked_at: LookedAt,
+    /// Go programs among all processes.
+    pub(super) go: GoPrograms,
     /// Processes whose calls are not looked at.
     pub(super) left_alone: BTreeSet<u32>,
     /// Processes that may turn up.
@@ -114,7 +111,8 @@ impl System {
         Self {
             files: HashMap::new(),
             next_site: 0,
-            looked_at: HashMap::new(),
+            looked_at: LookedAt::default(),
+            go: GoPrograms::default(),
             left_alone: BTreeSet::new(),
             births: Births::default(),
             starting: None,
@@ -189,6 +187,7 @@ impl Tracer {
         if let Some(system) = &mut self.system {
             system.is_sweeping = false;
             system.let_go.retain(|pid, _| swept.pids.contains(pid));
+            system.births.forget_gone(&swept.pids, swept.begun_ns);
         }
         if !self.is_shared() {
             // The rules were others when it began.
@@ -203,6 +202,7 @@ impl Tracer {
             self.decide_about(info);
         }
         self.share_modules(&swept.modules);
+        self.go_swept(swept);
         let Some(system) = &mut self.system else {
             return;
         };
@@ -350,34 +350,26 @@ impl Tracer {
     }
 
     /// Files were mapped by processes that are not known.
-    fn look_at(&mut self, mut events: Vec<MmapEvent>) {
+    fn look_at(&mut self, events: Vec<MmapEvent>) {
         let Some(system) = &mut self.system else {
             return;
         };
-        let now = Instant::now();
-        if system.looked_at.len() >= MAX_LOOKED_AT {
-            system
-                .looked_at
-                .retain(|_, at| now.duration_since(*at) < LOOK_AGAIN);
+        let (unknown, go) = system.looked_at.sort_out(events);
+        if !unknown.is_empty() {
+            let scanner = self.scanner.clone();
+            self.spawn_job(move || Command::Looked(scanner.look_at(unknown)));
         }
-        if system.looked_at.len() >= MAX_LOOKED_AT {
-            system.looked_at.clear();
-        }
-        events.retain(|event| {
-            let file = (
-                event.device_major,
-                event.device_minor,
-                event.inode,
-                event.path.clone(),
-            );
-            let last = system.looked_at.insert(file, now);
-            event.inode != 0 && last.is_none_or(|last| now.duration_since(last) >= LOOK_AGAIN)
-        });
-        if events.is_empty() {
+        self.go_mapped(&go);
+    }
+
+    /// Files that were mapped were looked at.
+    pub(super) fn looked(&mut self, looked: Looked) {
+        self.share_modules(&looked.modules);
+        let Some(system) = &mut self.system else {
             return;
-        }
-        let scanner = self.scanner.clone();
-        self.spawn_job(move || Command::Looked(scanner.allocators_mapped(&events)));
+        };
+        let go = system.looked_at.learn(looked.files);
+        self.go_mapped(&go);
     }
 
     /// Probes what is not probed yet of `modules`, for every process.
@@ -459,7 +451,8 @@ impl Tracer {
             return;
         };
         let is_attaching = |file: &SharedFile| file.state == FileState::Attaching;
-        let is_settled = system.one_by_one.as_ref().is_none_or(OneByOne::is_settled);
+        let is_settled =
+            system.one_by_one.as_ref().is_none_or(OneByOne::is_settled) && system.go.is_settled();
         if system.is_sweeping || system.files.values().any(is_attaching) || !is_settled {
             return;
         }

@@ -1,16 +1,14 @@
-//! Letting a process go while it lives, and forgetting one that is not traced any more.
+//! Letting a process go while it lives.
 //!
 //! The order is that of the daemon's own end: the prefilter is taken out, then the probes.
 //! Only then are the books closed, since until then samples come. The profile stays, as that
 //! of a process that has exited.
 
 use std::{
-    collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use memprof_common::stack::StackKey;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -23,8 +21,7 @@ use super::{
 use crate::{
     pipeline::{
         install::on_a_thread,
-        stats::Sums,
-        target::{State, Target},
+        target::{Image, State, Target},
     },
     prefilter::{attach::StoppedTime, error::DetachError},
     sample::ImageId,
@@ -86,9 +83,6 @@ pub(in crate::pipeline) struct TakenOut {
     prefilter: Option<Box<Prefilter>>,
     result: Option<Result<StoppedTime, DetachError>>,
 }
-
-/// As many stacks are kept, whoever's they were: to find out costs a look at all books.
-pub(super) const MANY_STACKS: usize = 1 << 14;
 
 /// How long programs of BPF's are waited for that have looked a process up before it was
 /// let go.
@@ -243,6 +237,9 @@ impl Tracer {
             return;
         };
         let (slot, serial, is_shared) = (target.slot, target.serial, target.is_shared);
+        // As it is now, if it is one of Go.
+        let image = target.images.last();
+        let last_reading = image.and_then(|image| Some(image.go.as_ref()?.last_reading(image.id)));
         if is_shared {
             self.stop_sharing(pid);
         }
@@ -256,7 +253,14 @@ impl Tracer {
             } else {
                 prober.detach(slot).await
             };
+            let read = match last_reading.flatten() {
+                Some(reading) => tokio::task::spawn_blocking(reading).await.ok(),
+                None => None,
+            };
             if let Some(sender) = myself.upgrade() {
+                if let Some(read) = read {
+                    let _ = sender.send(Command::GoRead(Box::new(read))).await;
+                }
                 let _ = sender.send(Command::Left { pid, serial, time }).await;
             }
         });
@@ -322,82 +326,14 @@ impl Tracer {
             self.close_target(pid);
         }
     }
-
-    /// Forgets what is known of a process that is not traced any more, if nothing of it is
-    /// under way; what it has counted stays in the sums over all.
-    pub(super) fn forget_ended(&mut self, pid: u32) {
-        if !self.targets.get(&pid).is_some_and(Target::is_over) {
-            return;
-        }
-        if let Some(target) = self.targets.remove(&pid) {
-            self.forget(pid, &target);
-            if target.has_slot {
-                self.give_back(target.slot, target.is_leaving());
-            }
-        }
-    }
-
-    /// Forgets the processes that ended long enough ago.
-    pub(super) fn forget_kept(&mut self) {
-        let Some(keep) = self.options.keep_exited else {
-            return;
-        };
-        let is_due = |target: &Target| {
-            target.is_unwanted || target.ended().is_some_and(|ended| ended.elapsed() >= keep)
-        };
-        let due: Vec<u32> = self
-            .targets
-            .iter()
-            .filter(|(_, target)| !target.is_live() && is_due(target))
-            .map(|(&pid, _)| pid)
-            .collect();
-        for pid in due {
-            self.forget_ended(pid);
-        }
-        if self.ledger.known_stacks() >= self.stacks_wanted {
-            self.forget_unused_stacks();
-            self.stacks_wanted = (2 * self.ledger.known_stacks()).max(MANY_STACKS);
-        }
-    }
-
-    /// Forgets the stacks of processes that are forgotten. What was captured is to be booked
-    /// before: BPF names a stack, and its frames are read when that name is met first.
-    pub(super) fn forget_unused_stacks(&mut self) {
-        self.drain_ring();
-        let unused: HashSet<StackKey> = self.ledger.forget_unused_stacks().into_iter().collect();
-        for stack in &unused {
-            // BPF puts one back when it is captured again. It may be gone already, to make
-            // room.
-            let _ = self.stack_map.remove(stack);
-        }
-        self.learnt.retain(|stack| !unused.contains(stack));
-    }
-
-    /// Moves what a target has counted to the sums over those that are forgotten.
-    pub(super) fn forget(&mut self, pid: u32, target: &Target) {
-        let sums = self.sums_of(target);
-        self.forgotten.add(&sums);
-        self.forgotten_targets += 1;
-        self.ledger.forget(pid);
-    }
-
-    /// What the images of a target have counted.
-    pub(super) fn sums_of(&self, target: &Target) -> Sums {
-        let losses = self.losses(target.slot);
-        let mut sums = Sums::default();
-        for image in &target.images {
-            let tally = self.ledger.tally(image.id);
-            sums.alloc_events += tally.alloc_events;
-            sums.free_events += tally.free_events;
-            for (cause, number) in image.losses(losses, &tally) {
-                *sums.losses.entry(cause).or_default() += number;
-            }
-        }
-        sums
-    }
 }
 
 impl Target {
+    /// Whether it is a Go program of which nothing can be read.
+    fn is_refused(&self) -> bool {
+        self.images.last().is_some_and(Image::is_refused)
+    }
+
     /// Whether it is not in the middle of being let go.
     pub(super) const fn has_settled(&self) -> bool {
         matches!(self.leaving, Leaving::No | Leaving::Left)
@@ -414,9 +350,10 @@ impl Target {
     }
 
     /// Where it is in its life, for those who ask.
-    pub(super) const fn state_name(&self) -> &'static str {
+    pub(super) fn state_name(&self) -> &'static str {
         match (&self.state, &self.leaving) {
             (State::Ended, Leaving::Left) => "detached",
+            (State::Tracing, Leaving::No) if self.is_refused() => "refused",
             (State::Tracing, Leaving::No) => State::Tracing.name(),
             (State::Tracing, _) => "detaching",
             (state, _) => state.name(),
