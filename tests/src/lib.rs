@@ -13,6 +13,7 @@ pub mod engine;
 pub mod golang;
 pub mod hold;
 pub mod http;
+pub mod memory;
 pub mod memprof;
 pub mod openapi;
 pub mod oracle;

@@ -3,20 +3,17 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use memprof_common::{
-    config::Unwind,
-    limits::{
-        DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
-        MAX_STACK_DEPTH,
-    },
-};
+use memprof_common::{config::Unwind, limits::MAX_STACK_DEPTH};
 
 use super::pools::PoolArgs;
 use crate::{
     config::{self, parse_interval},
     filter::Filters,
-    pipeline::tracer::TracerOptions,
-    probe::{loader::Sizes, mode::ModeChoice, walker::Walker},
+    pipeline::{
+        budget::{MaxMemory, WantedSizes},
+        tracer::TracerOptions,
+    },
+    probe::{mode::ModeChoice, walker::Walker},
 };
 
 /// How to trace.
@@ -42,26 +39,34 @@ pub(super) struct TraceArgs {
     )]
     stack_depth: u32,
 
-    /// Room for events on their way from BPF; a power of two, a page at least
+    /// The most memory that memprof may take, in the kernel and outside; `none` for no limit.
+    /// At the limit caches are dropped, then ended processes forgotten, then stacks and
+    /// processes left out, all of it counted [default: 1GiB]
     #[arg(
         long,
         value_name = "BYTES",
-        default_value_t = Bytes(u64::from(DEFAULT_RING_BYTES)),
-        value_parser = parse_ring
+        env = "MEMPROF_MAX_MEMORY",
+        value_parser = parse_max_memory
     )]
-    ring_size: Bytes,
+    max_memory: Option<MaxMemory>,
 
-    /// Sampled blocks that can be live at once
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_LIVE_ENTRIES, value_parser = entries())]
-    live_entries: u32,
+    /// Room for events on their way from BPF; a power of two, a page at least [default: 8MiB, or
+    /// what --max-memory allows]
+    #[arg(long, value_name = "BYTES", value_parser = parse_ring)]
+    ring_size: Option<Bytes>,
 
-    /// Distinct stacks that BPF can know at once
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_STACK_ENTRIES, value_parser = entries())]
-    stack_entries: u32,
+    /// Sampled blocks that can be live at once [default: 1048576, or what --max-memory allows]
+    #[arg(long, value_name = "N", value_parser = entries())]
+    live_entries: Option<u32>,
 
-    /// Allocation calls that can be under way at once, one a thread
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_IN_FLIGHT_ENTRIES, value_parser = entries())]
-    in_flight_entries: u32,
+    /// Distinct stacks that BPF can know at once [default: 65536, or what --max-memory allows]
+    #[arg(long, value_name = "N", value_parser = entries())]
+    stack_entries: Option<u32>,
+
+    /// Allocation calls that can be under way at once, one a thread [default: 16384, or what
+    /// --max-memory allows]
+    #[arg(long, value_name = "N", value_parser = entries())]
+    in_flight_entries: Option<u32>,
 
     /// How to look at calls: auto is the prefilter where a process allows it, else uprobes;
     /// prefilter is that or an error; uprobe never writes to a process, and is the best
@@ -120,9 +125,10 @@ impl TraceArgs {
         Ok(TracerOptions {
             sample_interval_bytes: self.sample_interval,
             stack_depth: self.stack_depth,
-            sizes: Sizes {
+            max_memory: self.max_memory.unwrap_or_default(),
+            sizes: WantedSizes {
                 // `parse_ring` lets only such pass.
-                ring_bytes: u32::try_from(self.ring_size.0).unwrap_or(DEFAULT_RING_BYTES),
+                ring_bytes: self.ring_size.and_then(|bytes| u32::try_from(bytes.0).ok()),
                 live_entries: self.live_entries,
                 stack_entries: self.stack_entries,
                 in_flight_entries: self.in_flight_entries,
@@ -170,6 +176,14 @@ fn parse_ring(text: &str) -> Result<Bytes, String> {
         return Err("a power of two from 4KiB to 1GiB is needed".to_owned());
     }
     Ok(bytes)
+}
+
+/// A number of bytes, or `none`.
+fn parse_max_memory(text: &str) -> Result<MaxMemory, String> {
+    if text.trim() == "none" {
+        return Ok(MaxMemory::Unlimited);
+    }
+    parse_bytes(text).map(|bytes| MaxMemory::Bytes(bytes.0))
 }
 
 /// As [`config::parse_bytes`].
@@ -232,6 +246,34 @@ mod tests {
     fn bytes_round_trip() {
         for bytes in [0, 1, 1023, 1024, 1536, 8 << 20] {
             assert_eq!(parse_bytes(&Bytes(bytes).to_string()), Ok(Bytes(bytes)));
+        }
+    }
+
+    /// Check what says how much memory may be taken, and that the defaults that help names are
+    /// those that there are.
+    #[test]
+    fn max_memory() {
+        use clap::CommandFactory as _;
+        use memprof_common::limits::{
+            DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES,
+            DEFAULT_STACK_ENTRIES,
+        };
+        assert_eq!(parse_max_memory("none"), Ok(MaxMemory::Unlimited));
+        assert_eq!(parse_max_memory("64MiB"), Ok(MaxMemory::Bytes(64 << 20)));
+        assert!(parse_max_memory("all").is_err());
+        let mut command = crate::cli::Cli::command();
+        let record = command.find_subcommand_mut("record").unwrap();
+        let help = record.render_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let ring = Bytes(u64::from(DEFAULT_RING_BYTES)).to_string();
+        for default in [
+            ring,
+            DEFAULT_LIVE_ENTRIES.to_string(),
+            DEFAULT_STACK_ENTRIES.to_string(),
+            DEFAULT_IN_FLIGHT_ENTRIES.to_string(),
+        ] {
+            let text = format!("[default: {default}, or what --max-memory allows]");
+            assert!(help.contains(&text), "{text}: {help}");
         }
     }
 

@@ -170,7 +170,7 @@ async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow:
         _ => None,
     };
     let symbolizer = args.names.start()?;
-    let tracer = Tracer::start(options)?;
+    let tracer = Tracer::start(options, symbolizer.clone())?;
     if args.all {
         let all = tokio::select! {
             all = tracer.trace_all() => all,

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use super::client::ClientArgs;
-use crate::export::units;
+use crate::export::{losses::sentence, units};
 
 /// List what a running daemon traces, and what it has seen of each process.
 ///
@@ -93,12 +93,16 @@ impl Go {
 
 pub(super) fn run(args: &PsArgs) -> anyhow::Result<ExitCode> {
     let client = args.client.client()?;
-    let body = super::runtime()?.block_on(client.get("/v1/processes"))?;
+    let runtime = super::runtime()?;
+    let body = runtime.block_on(client.get("/v1/processes"))?;
+    let mut notes = Vec::new();
     let text = match args.format {
         PsFormat::Json => body.to_vec(),
         PsFormat::Text => {
             let processes: Vec<Process> = serde_json::from_slice(&body)
                 .context("the daemon's answer is no list of processes: is it another version?")?;
+            let stats = runtime.block_on(client.get("/v1/stats"))?;
+            notes = limits_in_words(&processes, serde_json::from_slice(&stats).ok());
             let ended = if args.ended { usize::MAX } else { ENDED_SHOWN };
             table(&processes, ended).into_bytes()
         }
@@ -109,7 +113,71 @@ pub(super) fn run(args: &PsArgs) -> anyhow::Result<ExitCode> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         written => written.context("cannot write to standard output")?,
     }
+    for note in notes {
+        eprintln!("memprof: {note}");
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What of `/v1/stats` is shown.
+#[derive(Debug, Deserialize)]
+struct Stats {
+    memory: Memory,
+}
+
+#[derive(Debug, Deserialize)]
+struct Memory {
+    max_bytes: Option<u64>,
+    refuses_targets: bool,
+    refused_targets: u64,
+    refused_tables: u64,
+    forgotten_early: u64,
+}
+
+/// Causes of loss that more memory mends.
+const LIMITS: [&str; 4] = [
+    "live_map_full",
+    "stack_map_full",
+    "in_flight_full",
+    "stacks_full",
+];
+
+/// What was left out since memory is bounded, a sentence each.
+fn limits_in_words(processes: &[Process], stats: Option<Stats>) -> Vec<String> {
+    let mut notes = Vec::new();
+    for process in processes {
+        let losses = process.losses.iter();
+        let limits =
+            losses.filter(|(name, number)| **number > 0 && LIMITS.contains(&name.as_str()));
+        notes.extend(
+            limits
+                .map(|(name, number)| format!("pid {}: {}", process.pid, sentence(name, *number))),
+        );
+    }
+    let Some(Stats { memory }) = stats else {
+        return notes;
+    };
+    let max = memory.max_bytes.map_or("none".to_owned(), units::bytes);
+    let hint = format!("raise --max-memory, which is {max}, or -i");
+    if memory.forgotten_early > 0 {
+        let number = units::count(memory.forgotten_early);
+        notes.push(format!(
+            "{number} ended processes forgotten before the time: {hint}"
+        ));
+    }
+    if memory.refused_tables > 0 {
+        let what = units::counted(memory.refused_tables, "unwind table");
+        notes.push(format!("no memory for {what}, so stacks are cut: {hint}"));
+    }
+    if memory.refuses_targets {
+        notes.push(format!("no further process is taken on: {hint}"));
+    } else if memory.refused_targets > 0 {
+        let number = units::count(memory.refused_targets);
+        notes.push(format!(
+            "{number} processes not taken on when memory was short: {hint}"
+        ));
+    }
+    notes
 }
 
 const HEADING: [&str; 11] = [
@@ -212,6 +280,44 @@ fn row(process: &Process) -> [String; HEADING.len()] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Check that what was left out for want of memory is said, with what can be done.
+    #[test]
+    fn limits() {
+        let process = Process {
+            pid: 7,
+            comm: "x".to_owned(),
+            state: "tracing".to_owned(),
+            engine: "uprobe".to_owned(),
+            samples: 1,
+            inuse_bytes: 1,
+            alloc_bytes_per_s: None,
+            losses: [
+                ("stacks_full".to_owned(), 1234),
+                ("swept_frees".to_owned(), 2),
+            ]
+            .into(),
+            longest_stopped_ms: 0.0,
+            attach_ms: 0.0,
+            go: None,
+        };
+        let memory = Memory {
+            max_bytes: Some(64 << 20),
+            refuses_targets: true,
+            refused_targets: 1,
+            refused_tables: 0,
+            forgotten_early: 3,
+        };
+        let notes = limits_in_words(&[process], Some(Stats { memory }));
+        assert_eq!(notes.len(), 3, "{notes:?}");
+        assert!(notes[0].starts_with("pid 7: 1,234 allocations without a stack"));
+        assert!(
+            notes[1].starts_with("3 ended processes forgotten"),
+            "{notes:?}"
+        );
+        assert!(notes[2].ends_with("raise --max-memory, which is 64 MiB, or -i"));
+        assert!(limits_in_words(&[], None).is_empty());
+    }
 
     /// Check the table: who holds most first, numbers to the right, and names that cannot
     /// move the terminal's cursor.

@@ -113,11 +113,12 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
         "--include and --exclude choose among all processes: they need -a"
     );
     let symbolizer = args.names.start()?;
-    let tracer = Tracer::start(TracerOptions {
+    let options = TracerOptions {
         all: args.all,
         filters: args.rules.filters()?,
         ..args.trace.options()?
-    })?;
+    };
+    let tracer = Tracer::start(options, symbolizer.clone())?;
     let service = Service {
         tracer: tracer.clone(),
         symbolizer,

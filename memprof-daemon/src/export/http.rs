@@ -85,6 +85,9 @@ pub enum BackendError {
     /// The process cannot be traced.
     #[error("{0}")]
     Unfit(String),
+    /// There is no room for it at this moment.
+    #[error("{0}")]
+    Busy(String),
     /// The daemon is ending.
     #[error("the daemon is ending")]
     Ended,
@@ -120,6 +123,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
         pid: Option<u32>,
         window: Option<Duration>,
     ) -> impl Future<Output = Result<Profile, BackendError>> + Send;
+
+    /// How many profiles there is memory for at a time; one at least.
+    fn profiles_at_a_time(&self) -> usize {
+        usize::MAX
+    }
 
     /// What the tracer tells about itself.
     fn stats(&self) -> impl Future<Output = Result<Self::Stats, BackendError>> + Send;
@@ -175,7 +183,7 @@ impl From<BackendError> for ApiError {
             BackendError::NoSuchProcess(_) | BackendError::NotFound(_) => StatusCode::NOT_FOUND,
             BackendError::Conflict(_) => StatusCode::CONFLICT,
             BackendError::Unfit(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            BackendError::Ended => StatusCode::SERVICE_UNAVAILABLE,
+            BackendError::Busy(_) | BackendError::Ended => StatusCode::SERVICE_UNAVAILABLE,
             BackendError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, error.to_string())
@@ -370,7 +378,8 @@ impl<B: Backend> Api<B> {
     where
         W: FnOnce(&Profile, &mut dyn std::io::Write) -> std::io::Result<()> + Send + 'static,
     {
-        let place = self.gates.enter(window.is_some())?;
+        let at_a_time = self.backend.profiles_at_a_time();
+        let place = self.gates.enter(window.is_some(), at_a_time)?;
         let waiting = window.unwrap_or_default();
         let begun = Instant::now();
         let profile = self.backend.profile(pid, window);

@@ -41,14 +41,14 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
                 "{} of which the free was not seen: the address was handed out again",
                 what("block")
             ),
-            "stacks_full" => format!(
-                "{} without a stack: memprof keeps as many as it can; a larger -i needs less of it",
-                what("allocation")
-            ),
             "unmatched_frees" => format!("{} told after it was found out otherwise", what("free")),
             "unsharded_calls" => format!(
                 "{} of threads beyond those that the prefilter has room for: neither counted nor sampled",
                 what("call")
+            ),
+            "stacks_full" => format!(
+                "{} without a stack: there was no memory for more stacks; raise --max-memory or -i",
+                what("allocation")
             ),
             "starved_threads" => format!(
                 "{}: a thread sampled nothing for a while, since it allocated faster than memprof could follow",
@@ -72,7 +72,7 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
             what("late free")
         ),
         DropReason::LiveMapFull => format!(
-            "{}: the map of live blocks was full; a larger -i needs less of it",
+            "{}: the map of live blocks was full; raise --max-memory or -i",
             what("missing allocation")
         ),
         DropReason::InFlightFull => format!(
@@ -80,7 +80,7 @@ pub(crate) fn sentence(name: &str, number: u64) -> String {
             what("missing allocation")
         ),
         DropReason::StackMapFull => format!(
-            "{} without a stack: the stack map was full; a larger -i needs less of it",
+            "{} without a stack: the stack map was full; raise --max-memory or -i",
             what("allocation")
         ),
         DropReason::StackUnreadable => format!(
@@ -147,5 +147,9 @@ mod tests {
             assert!(!sentence.contains('_') || sentence.contains("posix_memalign"));
         }
         assert_eq!(sentence("ring_torn", 2), "ring torn: 2");
+        // What an operator can do about it is said.
+        for name in ["live_map_full", "stack_map_full", "stacks_full"] {
+            assert!(sentence(name, 1).ends_with("raise --max-memory or -i"));
+        }
     }
 }

@@ -58,10 +58,27 @@ pub struct Metrics {
     pub free_slots: u64,
     /// The longest that one piece of work has kept others waiting.
     pub longest_round: Duration,
+    /// Memory that is taken.
+    pub memory: MemoryMetrics,
     /// All targets.
     pub targets: Vec<TargetMetrics>,
     /// What the daemon itself takes.
     pub daemon: DaemonMetrics,
+}
+
+/// What memprof takes of the host's memory, and what it gave up to stay below its limit.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryMetrics {
+    /// The limit, if there is one.
+    pub max_bytes: Option<u64>,
+    /// By kind.
+    pub bytes: Vec<(&'static str, u64)>,
+    /// How often caches were dropped.
+    pub cache_drops: u64,
+    /// Ended processes that were forgotten before their time.
+    pub forgotten_early: u64,
+    /// What there was no room for, and how often.
+    pub refused: Vec<(&'static str, u64)>,
 }
 
 /// One target.
@@ -221,6 +238,7 @@ impl Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Out(encoder);
         self.sums(&mut out)?;
+        self.memory(&mut out)?;
         self.daemon(&mut out)?;
         self.targets(&mut out)
     }
@@ -311,6 +329,40 @@ impl Scrape {
             "memprof_longest_round_seconds",
             "The longest that one piece of work has kept the event ring waiting",
             metrics.longest_round,
+        )
+    }
+
+    fn memory(&self, out: &mut Out<'_>) -> fmt::Result {
+        let memory = &self.metrics.memory;
+        if let Some(max_bytes) = memory.max_bytes {
+            out.gauge(
+                "memprof_max_memory_bytes",
+                "What memprof may take of the host's memory",
+                max_bytes,
+            )?;
+        }
+        out.gauges(
+            "memprof_memory_bytes",
+            "What memprof takes of the host's memory, by kind; maps as if they were full",
+            memory.bytes.iter().map(|(kind, n)| ([("kind", *kind)], *n)),
+        )?;
+        out.counter(
+            "memprof_cache_drops",
+            "How often caches were dropped since memory was short",
+            memory.cache_drops,
+        )?;
+        out.counter(
+            "memprof_forgotten_early",
+            "Ended processes that were forgotten before their time since memory was short",
+            memory.forgotten_early,
+        )?;
+        out.counters(
+            "memprof_refused",
+            "What was not taken on since memory was short: targets, unwind tables",
+            memory
+                .refused
+                .iter()
+                .map(|(what, n)| ([("what", *what)], *n)),
         )
     }
 

@@ -46,7 +46,22 @@ pub struct EventTally {
     /// Of `recovered_allocations`: freed, and no event ever told of them. BPF
     /// counts them as unreported, not knowing that they were found.
     pub recovered_unreported: u64,
+    /// Of `alloc_events`: booked under the unknown stack, since there was no room for theirs.
+    pub stacks_full: u64,
 }
+
+/// How many entries there are that take memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Size {
+    pub(super) blocks: u64,
+    pub(super) stacks: u64,
+}
+
+/// A table that has room for this many times what it holds gives some back.
+const SPARSE: usize = 4;
+
+/// A table is not made smaller than for this many.
+const SMALL: usize = 1024;
 
 #[derive(Debug, Default)]
 pub(super) struct ImageBooks {
@@ -238,6 +253,36 @@ impl ImageBooks {
 
     pub(super) fn live(&self) -> u64 {
         self.live.len() as u64
+    }
+
+    pub(super) fn size(&self) -> Size {
+        Size {
+            blocks: self.live.len() as u64,
+            stacks: self.stacks.len() as u64,
+        }
+    }
+
+    pub(super) fn has(&self, stack: StackId) -> bool {
+        self.stacks.contains_key(&stack)
+    }
+
+    /// What live blocks take, with the room that their table has for more.
+    pub(super) fn block_bytes(&self) -> u64 {
+        let live = self.live.capacity() * (size_of::<(u64, LiveAllocation)>() + 1);
+        let ghosts = self.ghosts.capacity() * (size_of::<((u64, u64), u32)>() + 1);
+        // A table is full at seven eighths.
+        ((live + ghosts) as u64 * 8).div_ceil(7)
+    }
+
+    /// Gives back what a table keeps since it held many more blocks.
+    pub(super) fn shrink(&mut self) {
+        let wanted = self.live.len().max(SMALL) * 2;
+        if self.live.capacity() / SPARSE >= wanted {
+            self.live.shrink_to(wanted);
+        }
+        if self.ghosts.capacity() > SMALL && self.ghosts.is_empty() {
+            self.ghosts = HashMap::new();
+        }
     }
 
     pub(super) fn live_addresses(&self) -> impl Iterator<Item = u64> + '_ {

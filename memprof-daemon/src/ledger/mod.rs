@@ -38,19 +38,23 @@
 
 pub mod baseline;
 mod image;
+pub mod room;
 pub mod snapshot;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     sync::Arc,
 };
 
 use memprof_common::stack::StackKey;
 
-use self::image::ImageBooks;
 pub use self::{
     image::{EventTally, LiveAllocation},
     snapshot::{ImageSnapshot, Snapshot, StackCounters, StackSnapshot, StackTrace},
+};
+use self::{
+    image::{ImageBooks, Size},
+    room::Room,
 };
 use crate::sample::{AllocKey, AllocSample, FreeSample, ImageId};
 
@@ -89,6 +93,7 @@ pub struct Ledger {
     traces: HashMap<StackKey, Arc<StackTrace>>,
     /// Counts sweeps; a live block remembers the one it came after.
     generation: u32,
+    room: Room,
 }
 
 impl Ledger {
@@ -117,7 +122,10 @@ impl Ledger {
     /// Tells the frames of a stack. The first to tell wins: a name stands for
     /// one stack for ever.
     pub fn add_stack(&mut self, stack: StackKey, trace: StackTrace) {
-        self.traces.entry(stack).or_insert_with(|| Arc::new(trace));
+        if let Entry::Vacant(place) = self.traces.entry(stack) {
+            self.room.learnt(&trace);
+            place.insert(Arc::new(trace));
+        }
     }
 
     /// How many distinct stacks are known.
@@ -129,18 +137,15 @@ impl Ledger {
     /// Books an allocation.
     pub fn alloc(&mut self, sample: &AllocSample) -> AllocOutcome {
         let generation = self.generation;
-        self.images
-            .entry(sample.key.image)
-            .or_default()
-            .alloc(sample, generation)
+        self.book(sample, |books, sample| books.alloc(sample, generation))
     }
 
     /// Books a free, with the weight that was stored with the allocation.
     pub fn free(&mut self, sample: &FreeSample) -> FreeOutcome {
-        match self.images.get_mut(&sample.key.image) {
-            Some(image) => image.free(sample.key.addr, sample.alloc_timestamp_ns),
-            None => FreeOutcome::Unmatched,
-        }
+        self.change(sample.key.image, |books| {
+            books.free(sample.key.addr, sample.alloc_timestamp_ns)
+        })
+        .unwrap_or(FreeOutcome::Unmatched)
     }
 
     /// Begins a sweep; to be preceded and followed, in this order and by the
@@ -176,10 +181,7 @@ impl Ledger {
     /// Books a block that was found in the live map and never announced.
     pub fn recover(&mut self, sample: &AllocSample) -> AllocOutcome {
         let generation = self.generation;
-        self.images
-            .entry(sample.key.image)
-            .or_default()
-            .recover(sample, generation)
+        self.book(sample, |books, sample| books.recover(sample, generation))
     }
 
     /// Ends a sweep: books as freed what was live before it and is not in the
@@ -187,12 +189,16 @@ impl Ledger {
     /// Returns how many frees were found.
     pub fn finish_sweep(&mut self, is_in_map: impl Fn(&AllocKey, u64) -> bool) -> u64 {
         let generation = self.generation;
+        let room = &mut self.room;
         self.images
             .iter_mut()
             .map(|(&image, books)| {
-                books.sweep(generation, |addr, timestamp_ns| {
+                let before = books.size();
+                let found = books.sweep(generation, |addr, timestamp_ns| {
                     is_in_map(&AllocKey { image, addr }, timestamp_ns)
-                })
+                });
+                room.changed(before, books.size());
+                found
             })
             .sum()
     }
@@ -200,17 +206,27 @@ impl Ledger {
     /// The image has ended: its live blocks are purged, its counters stay.
     /// Returns how many blocks there were.
     pub fn close(&mut self, image: ImageId) -> u64 {
-        self.images.entry(image).or_default().close()
+        let _ = self.images.entry(image).or_default();
+        self.change(image, ImageBooks::close).unwrap_or_default()
     }
 
     /// Forgets the books of all images of a process.
     pub fn forget(&mut self, pid: u32) {
-        self.images.retain(|image, _| image.pid != pid);
+        let room = &mut self.room;
+        self.images.retain(|image, books| {
+            let stays = image.pid != pid;
+            if !stays {
+                room.changed(books.size(), Size::default());
+            }
+            stays
+        });
     }
 
     /// Forgets the books of one image.
     pub fn forget_image(&mut self, image: ImageId) {
-        self.images.remove(&image);
+        if let Some(books) = self.images.remove(&image) {
+            self.room.changed(books.size(), Size::default());
+        }
     }
 
     /// The sampled blocks that are live in the images that `wanted` accepts.
@@ -237,11 +253,11 @@ impl Ledger {
         let (used, unused): (Vec<StackKey>, Vec<StackKey>) =
             stacks.iter().partition(|stack| used.contains(stack));
         for stack in unused {
-            self.traces.remove(&stack);
+            if let Some(trace) = self.traces.remove(&stack) {
+                self.room.forgotten(&trace);
+            }
         }
-        if self.traces.len() < self.traces.capacity() / 4 {
-            self.traces.shrink_to(2 * self.traces.len());
-        }
+        self.shrink_stacks();
         used
     }
 

@@ -4,9 +4,9 @@ use std::{fs, time::Duration};
 
 use nix::sys::resource::{UsageWho, getrusage};
 
-use super::stats::{ProcessFacts, ProcessStats, Stats};
+use super::stats::{MemoryStats, ProcessFacts, ProcessStats, Stats};
 use crate::{
-    export::metrics::{DaemonMetrics, Metrics, TargetMetrics},
+    export::metrics::{DaemonMetrics, MemoryMetrics, Metrics, TargetMetrics},
     process::info::{ProcessInfo, read_memory, read_status, status_field},
 };
 
@@ -31,8 +31,22 @@ pub(super) fn metrics(stats: Stats) -> Metrics {
         missed_go_programs: stats.missed_go_programs,
         free_slots: stats.free_slots as u64,
         longest_round: duration(stats.longest_round_ms),
+        memory: memory(&stats.memory),
         targets: stats.processes.into_iter().map(target).collect(),
         daemon: daemon(),
+    }
+}
+
+fn memory(stats: &MemoryStats) -> MemoryMetrics {
+    MemoryMetrics {
+        max_bytes: stats.max_bytes,
+        bytes: stats.bytes.kinds().to_vec(),
+        cache_drops: stats.cache_drops,
+        forgotten_early: stats.forgotten_early,
+        refused: vec![
+            ("target", stats.refused_targets),
+            ("table", stats.refused_tables),
+        ],
     }
 }
 

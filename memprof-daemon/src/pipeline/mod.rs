@@ -8,6 +8,7 @@
 //!      └──captures──► symbolize thread
 //! ```
 
+pub mod budget;
 pub mod capture;
 pub mod dump;
 pub mod install;

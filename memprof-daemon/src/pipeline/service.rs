@@ -85,6 +85,7 @@ fn unfit(error: TargetError) -> BackendError {
             BackendError::Conflict(message)
         }
         TargetError::Stopped => BackendError::Ended,
+        TargetError::OverLimit(_) => BackendError::Busy(message),
         TargetError::Process(_)
         | TargetError::Find(_)
         | TargetError::Go { .. }
@@ -139,6 +140,10 @@ impl Backend for Service {
             }
             _ => Ok(profile),
         }
+    }
+
+    fn profiles_at_a_time(&self) -> usize {
+        self.tracer.profiles_at_a_time()
     }
 
     async fn stats(&self) -> Result<ToldStats, BackendError> {

@@ -68,8 +68,78 @@ pub struct Stats {
     /// How often processes were attached to, and how long that took.
     #[serde(flatten)]
     pub attaching: Attaching,
+    /// What memprof takes of the host's memory.
+    pub memory: MemoryStats,
     /// One entry a target.
     pub processes: Vec<ProcessStats>,
+}
+
+/// What memprof takes of the host's memory, and what has been given up for the limit's sake.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct MemoryStats {
+    /// The limit; null if there is none.
+    pub max_bytes: Option<u64>,
+    /// By kind.
+    pub bytes: MemoryBytes,
+    /// Bytes of the event ring.
+    pub ring_bytes: u32,
+    /// Sampled blocks that can be live at once.
+    pub live_entries: u32,
+    /// Stacks that BPF can know at once.
+    pub stack_entries: u32,
+    /// Calls that can be under way at once.
+    pub in_flight_entries: u32,
+    /// What stacks may take at this moment; null without a limit.
+    pub max_stack_bytes: Option<u64>,
+    /// Further stacks are counted as the unknown one, each time as `stacks_full`.
+    pub refuses_stacks: bool,
+    /// Further processes are not taken on.
+    pub refuses_targets: bool,
+    /// How often caches were dropped.
+    pub cache_drops: u64,
+    /// Ended processes that were forgotten before their time.
+    pub forgotten_early: u64,
+    /// How often a process was not taken on, of those that were asked for.
+    pub refused_targets: u64,
+    /// How often there was no room for an unwind table or a list of mappings.
+    pub refused_tables: u64,
+}
+
+/// Bytes by kind: the first three the kernel's or the targets', the others the daemon's.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct MemoryBytes {
+    /// BPF's maps at their fullest, and buffers for the kernel's records.
+    pub maps: u64,
+    /// Unwind tables and lists of mappings.
+    pub tables: u64,
+    /// What the prefilter has mapped into processes. It is theirs, and not counted for the limit.
+    pub prefilter: u64,
+    /// Live blocks in the books.
+    pub blocks: u64,
+    /// Stacks and their counters.
+    pub stacks: u64,
+    /// What is known of processes.
+    pub processes: u64,
+    /// Names of functions.
+    pub names: u64,
+    /// All else.
+    pub other: u64,
+}
+
+impl MemoryBytes {
+    /// Each with its name.
+    pub(super) const fn kinds(&self) -> [(&'static str, u64); 8] {
+        [
+            ("maps", self.maps),
+            ("tables", self.tables),
+            ("prefilter", self.prefilter),
+            ("blocks", self.blocks),
+            ("stacks", self.stacks),
+            ("processes", self.processes),
+            ("names", self.names),
+            ("other", self.other),
+        ]
+    }
 }
 
 /// Sums that only grow.

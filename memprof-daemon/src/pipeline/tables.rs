@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     fs::File,
     os::unix::fs::FileExt as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use memprof_common::unwind::{
@@ -16,7 +19,7 @@ use tracing::{debug, warn};
 use crate::{
     address::VirtOffset,
     prefilter::stack_rows::FileRows,
-    probe::arena::{Arena, ArenaError, SlabMaker, Words},
+    probe::arena::{Arena, ArenaError, SLAB_BYTES, Slab, SlabMaker, Words},
     process::{
         content::Content,
         elf::{ElfLayout, Segment},
@@ -61,6 +64,8 @@ enum Known {
     #[default]
     Nothing,
     Loaded(Weak<LoadedTable>),
+    /// There was no room for so many words.
+    NoRoom(usize),
     Missing,
 }
 
@@ -72,10 +77,21 @@ pub(super) struct TableStore {
     maker: Mutex<SlabMaker>,
     known: Mutex<HashMap<Content, Entry>>,
     vdso: Mutex<Option<FileTable>>,
+    /// What the arena may take.
+    max_bytes: AtomicU64,
+    /// What compiling a table may take.
+    max_compile_bytes: AtomicU64,
+    /// One large file is compiled at a time, where memory is bounded.
+    large: Mutex<()>,
+    /// Tables and lists that there was no room for below that.
+    refused: AtomicU64,
 }
 
 /// Words to be free in one piece: more than two of the largest lists.
 const SPARE_WORDS: u32 = SLAB_WORDS / 2;
+
+/// A file of which compiling takes so little can be compiled at any time.
+const SMALL_COMPILE_BYTES: u64 = 2 << 20;
 
 /// Entries that are kept at least before those without a table are forgotten.
 const KEEP: usize = 1024;
@@ -87,7 +103,51 @@ impl TableStore {
             maker: Mutex::new(maker),
             known: Mutex::new(HashMap::new()),
             vdso: Mutex::new(None),
+            max_bytes: AtomicU64::new(u64::MAX),
+            max_compile_bytes: AtomicU64::new(u64::MAX),
+            large: Mutex::new(()),
+            refused: AtomicU64::new(0),
         }
+    }
+
+    /// Lets tables take so many bytes from now on, and compiling one so many; those that there
+    /// are stay.
+    pub(super) fn limit(&self, max_bytes: Option<u64>, max_compile_bytes: Option<u64>) {
+        let store = |place: &AtomicU64, bytes: Option<u64>| {
+            place.store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
+        };
+        store(&self.max_bytes, max_bytes);
+        store(&self.max_compile_bytes, max_compile_bytes);
+    }
+
+    /// Waits until a file may be compiled; an error if that takes more memory than there is.
+    fn turn_to_compile(&self, file: &File) -> Result<Option<MutexGuard<'_, ()>>, ArenaError> {
+        let max_bytes = self.max_compile_bytes.load(Ordering::Relaxed);
+        if max_bytes == u64::MAX {
+            return Ok(None);
+        }
+        // Why it cannot be compiled, compiling it will tell.
+        let bytes = unwind::compile_bytes(file).unwrap_or(0);
+        if bytes > max_bytes.max(SMALL_COMPILE_BYTES) {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(ArenaError::OverLimit);
+        }
+        Ok((bytes > SMALL_COMPILE_BYTES).then(|| lock(&self.large)))
+    }
+
+    /// Whether there is room for a table, or could be.
+    fn may_have_room(&self, words: usize) -> bool {
+        let mut arena = lock(&self.arena);
+        let bytes = arena.bytes() + words as u64 * 8;
+        let wanted = u32::try_from(words)
+            .unwrap_or(u32::MAX)
+            .saturating_add(SPARE_WORDS);
+        bytes <= self.max_bytes.load(Ordering::Relaxed) || arena.has_room(wanted)
+    }
+
+    /// How many tables and lists found no room below the limit.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// The table of a file, compiled and loaded if nobody has it. Takes up to a second
@@ -108,9 +168,20 @@ impl TableStore {
                     return FileTable::Loaded(table);
                 }
             }
-            Known::Nothing => {}
+            Known::NoRoom(words) if !self.may_have_room(*words) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                return FileTable::Missing;
+            }
+            Known::Nothing | Known::NoRoom(_) => {}
         }
         let path = file.path.display();
+        let turn = match self.turn_to_compile(open) {
+            Ok(turn) => turn,
+            Err(error) => {
+                debug!(%path, %error, "stacks through this file will be cut");
+                return FileTable::Missing;
+            }
+        };
         let compiled = unwind::compile(open).and_then(|table| {
             let layout = ElfLayout::read(open)?;
             Ok((table, layout.segments))
@@ -123,12 +194,19 @@ impl TableStore {
                 return FileTable::Missing;
             }
         };
-        match self.load(&table, segments) {
+        let loaded = self.load(&table, segments);
+        drop(turn);
+        match loaded {
             Ok(table) => {
                 *known = Known::Loaded(Arc::downgrade(&table));
                 FileTable::Loaded(table)
             }
             // There may be room later.
+            Err(error @ ArenaError::OverLimit) => {
+                debug!(%path, %error, "stacks through this file will be cut");
+                *known = Known::NoRoom(table.words());
+                FileTable::Missing
+            }
             Err(error) => {
                 warn!(%path, %error, "stacks through this file will be cut");
                 FileTable::Missing
@@ -264,9 +342,21 @@ impl TableStore {
             if let Some(stored) = store()? {
                 return Ok(stored);
             }
-            let slab = maker.make()?;
+            let slab = self.make_slab(&mut maker).inspect_err(|error| {
+                if matches!(error, ArenaError::OverLimit) {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                }
+            })?;
             lock(&self.arena).add(slab);
         }
+    }
+
+    fn make_slab(&self, maker: &mut SlabMaker) -> Result<Slab, ArenaError> {
+        let bytes = self.bytes() + SLAB_BYTES;
+        if bytes > self.max_bytes.load(Ordering::Relaxed) {
+            return Err(ArenaError::OverLimit);
+        }
+        maker.make()
     }
 
     /// Whether the next lists of mappings may have to wait for room.
@@ -281,7 +371,7 @@ impl TableStore {
             return;
         };
         while self.is_low() {
-            match maker.make() {
+            match self.make_slab(&mut maker) {
                 Ok(slab) => lock(&self.arena).add(slab),
                 Err(error) => {
                     // Who needs it is told.

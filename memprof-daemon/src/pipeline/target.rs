@@ -95,6 +95,9 @@ pub enum TargetError {
     /// The table of targets is full.
     #[error("{0} processes are traced already, which is as many as one memprof can")]
     TooMany(u32),
+    /// There is no memory for it.
+    #[error("process {0} is not taken on: memory is short, raise --max-memory or -i")]
+    OverLimit(u32),
     /// It ended before all was set up.
     #[error("process {0} exited while probes were being attached")]
     Exited(u32),
@@ -277,11 +280,11 @@ impl Image {
         *losses.entry(DropReason::CutStaleTables.name()).or_default() +=
             self.versions.stale_samples;
         self.stub_losses.add_to(&mut losses);
-        losses.insert("stacks_full", self.unkept_stacks);
         losses.insert("recovered_allocations", tally.recovered_allocations);
         losses.insert("swept_frees", tally.swept_frees);
         losses.insert("unmatched_frees", tally.unmatched_frees);
         losses.insert("replaced_allocations", tally.replaced_allocations);
+        losses.insert("stacks_full", self.unkept_stacks + tally.stacks_full);
         losses
     }
 }

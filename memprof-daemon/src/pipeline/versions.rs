@@ -108,6 +108,11 @@ impl StackVersions {
         number
     }
 
+    /// What is known takes so many bytes, roughly.
+    pub(super) fn bytes(&self) -> usize {
+        self.known.capacity() * (size_of::<(StackKey, Known)>() + 1)
+    }
+
     /// Forgets stacks that are in nobody's books, and lets go of files that only those held.
     pub(super) fn forget(&mut self, unused: &HashSet<StackKey>) {
         let known = self.known.len();

@@ -33,10 +33,16 @@ pub enum ArenaError {
     /// As many slabs as there can be are in use.
     #[error("unwind tables take more than {} MiB", u64::from(MAX_SLABS) * (u64::from(SLAB_WORDS) * 8 / (1 << 20)))]
     Full,
+    /// They may not take more.
+    #[error("unwind tables take as much as --max-memory leaves them")]
+    OverLimit,
     /// The kernel gave no memory.
     #[error("cannot make room for unwind tables")]
     Map(#[from] MapError),
 }
+
+/// Bytes of a slab.
+pub const SLAB_BYTES: u64 = SLAB_WORDS as u64 * 8;
 
 /// Words in use, from `first` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +158,7 @@ impl Arena {
     /// Bytes that the arena takes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.slabs.len() as u64 * u64::from(SLAB_WORDS) * 8
+        self.slabs.len() as u64 * SLAB_BYTES
     }
 
     fn take(&mut self, count: u32) -> Result<Option<Words>, ArenaError> {

@@ -18,6 +18,7 @@ pub(crate) mod jumps;
 pub mod launch;
 pub mod live_map;
 pub mod loader;
+pub mod map_bytes;
 mod mapped;
 pub mod mode;
 pub mod object;

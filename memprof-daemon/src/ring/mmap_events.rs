@@ -28,7 +28,7 @@ use crate::address::{AbsAddr, FileOffset};
 
 /// Bytes of each CPU's buffer. A record is some 120 bytes, so this holds the
 /// libraries of some 2,000 processes that start between two drains.
-const BUFFER_BYTES: usize = 256 << 10;
+pub const BUFFER_BYTES: usize = 256 << 10;
 
 /// Why mappings cannot be followed.
 #[derive(Debug, thiserror::Error)]

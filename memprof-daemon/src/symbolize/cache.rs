@@ -4,7 +4,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     address::FileOffset,
-    symbolize::{frame::FrameName, names::NamedFile},
+    symbolize::{
+        frame::{FrameName, FunctionLine},
+        names::NamedFile,
+    },
 };
 
 /// A place in a file, whatever process maps it.
@@ -21,6 +24,23 @@ pub(crate) struct NameCache {
     young: HashMap<Place, Arc<FrameName>>,
     old: HashMap<Place, Arc<FrameName>>,
     capacity: usize,
+    /// What both hold, roughly.
+    young_bytes: u64,
+    old_bytes: u64,
+}
+
+/// What a name takes beside its text, roughly: its places in a table and in the heap.
+const NAME_BYTES: usize = 256;
+
+fn name_bytes(name: &FrameName) -> u64 {
+    let text = |line: &FunctionLine| {
+        size_of::<FunctionLine>() + line.function.len() + line.file.as_ref().map_or(0, String::len)
+    };
+    let text = match name {
+        FrameName::Known(lines) => lines.iter().map(text).sum(),
+        FrameName::Unknown(_) => 0,
+    };
+    (NAME_BYTES + text) as u64
 }
 
 impl NameCache {
@@ -30,6 +50,8 @@ impl NameCache {
             young: HashMap::new(),
             old: HashMap::new(),
             capacity,
+            young_bytes: 0,
+            old_bytes: 0,
         }
     }
 
@@ -39,16 +61,25 @@ impl NameCache {
             return Some(Arc::clone(name));
         }
         let name = self.old.remove(&place)?;
-        self.insert(place, Arc::clone(&name));
+        self.old_bytes = self.old_bytes.saturating_sub(name_bytes(&name));
+        self.insert(place, Arc::clone(&name), u64::MAX);
         Some(name)
     }
 
-    /// Remembers a name.
-    pub(crate) fn insert(&mut self, place: Place, name: Arc<FrameName>) {
-        if self.young.len() >= (self.capacity / 2).max(1) {
+    /// Remembers a name, and no more than so many bytes of names.
+    pub(crate) fn insert(&mut self, place: Place, name: Arc<FrameName>, max_bytes: u64) {
+        let is_full = self.young.len() >= (self.capacity / 2).max(1);
+        if is_full || self.young_bytes >= max_bytes / 2 {
             self.old = std::mem::take(&mut self.young);
+            self.old_bytes = std::mem::take(&mut self.young_bytes);
         }
+        self.young_bytes += name_bytes(&name);
         self.young.insert(place, name);
+    }
+
+    /// What the names take, roughly.
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.young_bytes + self.old_bytes
     }
 
     /// How many names are held.
@@ -82,12 +113,29 @@ mod tests {
     #[test]
     fn bounded_and_keeps_what_is_used() {
         let mut cache = NameCache::new(100);
-        cache.insert(place(0), name());
+        cache.insert(place(0), name(), u64::MAX);
         for offset in 1..10_000 {
-            cache.insert(place(offset), name());
+            cache.insert(place(offset), name(), u64::MAX);
             assert!(cache.get(place(0)).is_some(), "{offset}");
             assert!(cache.len() <= 100, "{offset}: {}", cache.len());
         }
         assert!(cache.get(place(1)).is_none());
+        let a_name = name_bytes(&name());
+        assert!(cache.bytes() <= 100 * a_name, "{}", cache.bytes());
+    }
+
+    /// Check that names take no more bytes than they may, and that what they take is what is
+    /// held of them.
+    #[test]
+    fn bounded_in_bytes() {
+        let mut cache = NameCache::new(1_000_000);
+        let a_name = name_bytes(&name());
+        for offset in 0..10_000 {
+            cache.insert(place(offset), name(), 100 * a_name);
+            assert_eq!(cache.bytes(), cache.len() as u64 * a_name);
+            assert!(cache.len() <= 102, "{}", cache.len());
+        }
+        cache.get(place(9_940)).expect("an old name");
+        assert_eq!(cache.bytes(), cache.len() as u64 * a_name);
     }
 }

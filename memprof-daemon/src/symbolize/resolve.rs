@@ -68,6 +68,8 @@ struct ParsedFile {
 pub struct Resolver {
     /// The most recently used last.
     parsed: Vec<ParsedFile>,
+    /// Fewer than usual stay parsed.
+    max_parsed: Option<usize>,
 }
 
 impl fmt::Debug for Resolver {
@@ -83,6 +85,11 @@ impl Resolver {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Lets so many files stay parsed, but not more than usual.
+    pub fn limit(&mut self, max_parsed: usize) {
+        self.max_parsed = Some(max_parsed.clamp(1, PARSED_FILES));
     }
 
     /// Names places in one file: as many names as offsets, in their order.
@@ -142,7 +149,7 @@ impl Resolver {
 
     /// Puts a file back as the most recently used.
     fn keep(&mut self, parsed: ParsedFile) {
-        if self.parsed.len() >= PARSED_FILES {
+        while self.parsed.len() >= self.max_parsed.unwrap_or(PARSED_FILES) {
             self.parsed.remove(0);
         }
         self.parsed.push(parsed);

@@ -7,7 +7,10 @@ use std::{
     collections::HashMap,
     fmt, io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
@@ -34,6 +37,9 @@ const QUEUE: usize = 8;
 /// Names that are remembered: of about 200 bytes each.
 const CACHED_NAMES: usize = 1 << 18;
 
+/// So much that names may take is so much for what a file stays parsed to, too.
+const BYTES_A_PARSED_FILE: u64 = 1 << 20;
+
 /// blazesym follows nested debug information by recursion. Untouched, a large
 /// stack costs address space only.
 const STACK_BYTES: usize = 64 << 20;
@@ -56,10 +62,21 @@ pub enum SymbolizeError {
 /// The mappings of one process at one time.
 pub type Mappings = Arc<dyn MappingLookup + Send + Sync>;
 
-struct Request {
-    stacks: Vec<Arc<StackTrace>>,
-    mappings: Mappings,
-    answer: oneshot::Sender<Vec<Vec<Arc<Frame>>>>,
+enum Request {
+    Name {
+        stacks: Vec<Arc<StackTrace>>,
+        mappings: Mappings,
+        answer: oneshot::Sender<Vec<Vec<Arc<Frame>>>>,
+    },
+    /// Forget all that can be found again.
+    Forget,
+}
+
+/// What remembered names take, and may.
+#[derive(Debug)]
+struct Memory {
+    bytes: AtomicU64,
+    max_bytes: AtomicU64,
 }
 
 /// Asks the thread for names. The thread ends with the last handle.
@@ -67,6 +84,7 @@ struct Request {
 pub struct SymbolizeHandle {
     requests: mpsc::Sender<Request>,
     debuginfod: Option<Debuginfod>,
+    memory: Arc<Memory>,
 }
 
 impl fmt::Debug for SymbolizeHandle {
@@ -84,18 +102,41 @@ impl SymbolizeHandle {
     /// If the operating system gives none.
     pub fn start(debuginfod: Option<Debuginfod>) -> Result<Self, SymbolizeError> {
         let (requests, receiver) = mpsc::channel(QUEUE);
+        let memory = Arc::new(Memory {
+            bytes: AtomicU64::new(0),
+            max_bytes: AtomicU64::new(u64::MAX),
+        });
         thread::Builder::new()
             .name("memprof-symbolize".to_owned())
             .stack_size(STACK_BYTES)
             .spawn({
                 let debuginfod = debuginfod.clone();
-                move || serve(receiver, debuginfod)
+                let memory = Arc::clone(&memory);
+                move || serve(receiver, debuginfod, &memory)
             })
             .map_err(SymbolizeError::Spawn)?;
         Ok(Self {
             requests,
             debuginfod,
+            memory,
         })
+    }
+
+    /// What remembered names take, roughly.
+    #[must_use]
+    pub fn name_bytes(&self) -> u64 {
+        self.memory.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Lets remembered names take so many bytes, roughly.
+    pub fn limit_names(&self, max_bytes: u64) {
+        self.memory.max_bytes.store(max_bytes, Ordering::Relaxed);
+    }
+
+    /// Has all forgotten that can be found again: names, and what was parsed of files. Not
+    /// while requests wait.
+    pub fn forget(&self) {
+        let _ = self.requests.try_send(Request::Forget);
     }
 
     /// Who asks servers for debug information, if anyone does.
@@ -116,7 +157,7 @@ impl SymbolizeHandle {
         mappings: Mappings,
     ) -> Result<Vec<Vec<Arc<Frame>>>, SymbolizeError> {
         let (answer, answered) = oneshot::channel();
-        let request = Request {
+        let request = Request::Name {
             stacks,
             mappings,
             answer,
@@ -130,26 +171,30 @@ impl SymbolizeHandle {
 }
 
 /// Answers until the last handle is gone.
-fn serve(mut requests: mpsc::Receiver<Request>, debuginfod: Option<Debuginfod>) {
+fn serve(mut requests: mpsc::Receiver<Request>, debuginfod: Option<Debuginfod>, memory: &Memory) {
     let mut namer = Namer::new(debuginfod.clone());
     while let Some(request) = requests.blocking_recv() {
-        let Request {
-            stacks,
-            mappings,
-            answer,
-        } = request;
-        if answer.is_closed() {
-            continue;
-        }
-        // After a panic the namer is dropped, so nobody sees what it left.
-        match catch_unwind(AssertUnwindSafe(|| namer.name(&stacks, &*mappings))) {
-            // Who asked may have gone.
-            Ok(frames) => drop(answer.send(frames)),
-            Err(_) => {
-                tracing::error!("the symbolizer failed on a request and starts afresh");
-                namer = Namer::new(debuginfod.clone());
+        match request {
+            Request::Forget => namer = Namer::new(debuginfod.clone()),
+            Request::Name { answer, .. } if answer.is_closed() => {}
+            Request::Name {
+                stacks,
+                mappings,
+                answer,
+            } => {
+                namer.limit(memory.max_bytes.load(Ordering::Relaxed));
+                // After a panic the namer is dropped, so nobody sees what it left.
+                match catch_unwind(AssertUnwindSafe(|| namer.name(&stacks, &*mappings))) {
+                    // Who asked may have gone.
+                    Ok(frames) => drop(answer.send(frames)),
+                    Err(_) => {
+                        tracing::error!("the symbolizer failed on a request and starts afresh");
+                        namer = Namer::new(debuginfod.clone());
+                    }
+                }
             }
         }
+        memory.bytes.store(namer.cache.bytes(), Ordering::Relaxed);
     }
 }
 
@@ -163,6 +208,8 @@ struct Unnamed {
 struct Namer {
     resolver: Resolver,
     cache: NameCache,
+    /// What that may take.
+    max_bytes: u64,
     debuginfod: Option<Debuginfod>,
 }
 
@@ -172,7 +219,16 @@ impl Namer {
             debuginfod,
             resolver: Resolver::new(),
             cache: NameCache::new(CACHED_NAMES),
+            max_bytes: u64::MAX,
         }
+    }
+
+    /// Lets remembered names take so much, and parsed files in proportion.
+    fn limit(&mut self, max_bytes: u64) {
+        self.max_bytes = max_bytes;
+        let files = max_bytes / BYTES_A_PARSED_FILE;
+        self.resolver
+            .limit(usize::try_from(files).unwrap_or(usize::MAX));
     }
 
     fn name(
@@ -259,7 +315,8 @@ impl Namer {
             let resolved = self.resolver.resolve(&source, &offsets);
             for (offset, name) in offsets.into_iter().zip(resolved) {
                 let name = Arc::new(name);
-                self.cache.insert((key, offset), Arc::clone(&name));
+                self.cache
+                    .insert((key, offset), Arc::clone(&name), self.max_bytes);
                 names.found.insert((key, offset), name);
             }
         }

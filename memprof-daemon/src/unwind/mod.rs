@@ -77,6 +77,20 @@ pub fn of_rules(origin: VirtOffset, rules: &[(u32, Rule)]) -> Result<Table, Comp
     table::build(&rows::Code::at(origin), rows)
 }
 
+/// What compiling takes of memory, for each byte of unwind information: the information, rows
+/// in a growing list and in order, and their copy for the arena.
+const COMPILE_TIMES: u64 = 8;
+
+/// How much memory [`compile`] takes for a file, roughly.
+///
+/// # Errors
+///
+/// [`CompileError`]: it cannot be compiled either.
+pub fn compile_bytes(file: &File) -> Result<u64, CompileError> {
+    let layout = ElfLayout::read(file)?;
+    Ok(section::size(file, &layout)?.saturating_mul(COMPILE_TIMES))
+}
+
 /// Compiles the unwind information of an ELF file that is in memory, which the vDSO is.
 ///
 /// # Errors

@@ -33,18 +33,28 @@ pub(super) enum Kind {
     DebugFrame,
 }
 
-/// Reads `.eh_frame`, or `.debug_frame` where only that is.
-pub(super) fn read(file: &File, layout: &ElfLayout) -> Result<Bytes, CompileError> {
+/// Finds `.eh_frame`, or `.debug_frame` where only that is.
+fn find(file: &File, layout: &ElfLayout) -> Result<(Section, Kind), CompileError> {
     let eh_frame = layout
         .eh_frame
         .or_else(|| by_header(file, layout).ok().flatten())
         // An empty one is a word that ends it.
         .filter(|section| section.size > 4);
-    let (section, kind) = match (eh_frame, layout.debug_frame) {
-        (Some(section), _) => (section, Kind::EhFrame),
-        (None, Some(section)) => (section, Kind::DebugFrame),
-        (None, None) => return Err(CompileError::NoUnwindInfo),
-    };
+    match (eh_frame, layout.debug_frame) {
+        (Some(section), _) => Ok((section, Kind::EhFrame)),
+        (None, Some(section)) => Ok((section, Kind::DebugFrame)),
+        (None, None) => Err(CompileError::NoUnwindInfo),
+    }
+}
+
+/// How many bytes of the file it has.
+pub(super) fn size(file: &File, layout: &ElfLayout) -> Result<u64, CompileError> {
+    find(file, layout).map(|(section, _)| section.size)
+}
+
+/// Reads it.
+pub(super) fn read(file: &File, layout: &ElfLayout) -> Result<Bytes, CompileError> {
+    let (section, kind) = find(file, layout)?;
     let bytes = if section.compressed {
         decompress(&bytes_of(file, &section)?)?
     } else {

@@ -146,17 +146,32 @@ impl Default for Gates {
 }
 
 impl Gates {
-    /// Room for one more profile, until it is dropped. Those of a window have room of their
-    /// own: they wait, and keep nobody else waiting.
-    pub(super) fn enter(&self, is_window: bool) -> Result<OwnedSemaphorePermit, ApiError> {
+    /// Room for one more profile, until it is dropped; there is memory for so many. Those of a
+    /// window have room of their own: they wait, and keep nobody else waiting.
+    pub(super) fn enter(
+        &self,
+        is_window: bool,
+        at_a_time: usize,
+    ) -> Result<OwnedSemaphorePermit, ApiError> {
         let gate = if is_window {
             &self.windows
         } else {
             &self.profiles
         };
-        Arc::clone(gate).try_acquire_owned().map_err(|_| {
+        let place = Arc::clone(gate).try_acquire_owned().map_err(|_| {
             let message = format!("{PROFILES} profiles are under way already: try again later");
             ApiError(StatusCode::SERVICE_UNAVAILABLE, message)
-        })
+        })?;
+        // This one among them.
+        let under_way = PROFILES - gate.available_permits();
+        if under_way > at_a_time.max(1) {
+            let message = "memory is short for one more profile beside those under way: try again \
+                           later, or raise --max-memory";
+            return Err(ApiError(
+                StatusCode::SERVICE_UNAVAILABLE,
+                message.to_owned(),
+            ));
+        }
+        Ok(place)
     }
 }

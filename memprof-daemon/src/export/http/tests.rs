@@ -92,12 +92,27 @@ fn gates() {
     let mut places: BTreeMap<bool, Vec<_>> = BTreeMap::new();
     for is_window in [false, true] {
         for _ in 0..limits::PROFILES {
-            let place = gates.enter(is_window).ok().unwrap();
+            let place = gates.enter(is_window, usize::MAX).ok().unwrap();
             places.entry(is_window).or_default().push(place);
         }
-        assert!(gates.enter(is_window).is_err());
+        assert!(gates.enter(is_window, usize::MAX).is_err());
     }
     drop(places.remove(&false));
-    assert!(gates.enter(false).is_ok());
-    assert!(gates.enter(true).is_err());
+    assert!(gates.enter(false, usize::MAX).is_ok());
+    assert!(gates.enter(true, usize::MAX).is_err());
+}
+
+/// Check that fewer profiles are made at a time where memory is short, and one always.
+#[test]
+fn gates_where_memory_is_short() {
+    let gates = Gates::default();
+    let first = gates.enter(false, 2).ok().unwrap();
+    let second = gates.enter(false, 2).ok().unwrap();
+    assert!(gates.enter(false, 2).is_err());
+    drop((first, second));
+    let only = gates.enter(false, 0).ok().unwrap();
+    assert!(gates.enter(false, 1).is_err());
+    // What was refused has kept no place.
+    assert!(gates.enter(false, 2).is_ok());
+    drop(only);
 }

@@ -75,6 +75,11 @@ impl Tracer {
             let _ = reply.send(Err(TargetError::Prefilter(Box::new(error))));
             return;
         }
+        if self.memory.refuses_targets() {
+            self.count_refused_target();
+            let _ = reply.send(Err(TargetError::OverLimit(pid)));
+            return;
+        }
         let Some(slot) = self.take_slot() else {
             let _ = reply.send(Err(TargetError::TooMany(MAX_TARGETS)));
             return;

@@ -108,7 +108,7 @@ impl Tracer {
         if self.ledger.knows_stack(stack) {
             return true;
         }
-        if self.ledger.known_stacks() >= MAX_STACKS {
+        if self.ledger.known_stacks() >= MAX_STACKS || !self.ledger.has_room_for_stacks() {
             return false;
         }
         match self.stack_map.get(&stack, 0) {
@@ -165,11 +165,11 @@ impl Tracer {
         }
     }
 
-    /// Once the BPF map is three quarters full of stacks that the ledger has,
-    /// they make room. BPF puts one back when it is captured again, under the
+    /// Once the BPF map is three quarters full of stacks that the ledger has, or has no room
+    /// for, they make room. BPF puts one back when it is captured again, under the
     /// same name, since the name is a hash of the frames.
     fn make_room_for_stacks(&mut self) {
-        let limit = self.options.sizes.stack_entries as usize / 4 * 3;
+        let limit = self.memory.budget.sizes.stack_entries as usize / 4 * 3;
         if self.stacks.in_map.len() < limit.max(1) {
             return;
         }
@@ -232,7 +232,7 @@ impl Tracer {
 
     /// Brings the books to the state of the live map; the order of the steps is
     /// [`crate::ledger::Ledger::begin_sweep`]'s.
-    fn sweep(&mut self) {
+    pub(super) fn sweep(&mut self) {
         self.drain_ring();
         self.ledger.begin_sweep();
         let entries = match self.live_map.read_all() {

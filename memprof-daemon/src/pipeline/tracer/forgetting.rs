@@ -34,6 +34,8 @@ pub(super) struct Stacks {
     /// How many have to be known for it to be looked which of them nobody has.
     wanted: usize,
     looked_at: Instant,
+    /// That is to be looked at the next round.
+    is_urgent: bool,
     /// Those that nobody had then.
     unused: HashSet<StackKey>,
 }
@@ -44,6 +46,7 @@ impl Default for Stacks {
             in_map: HashSet::new(),
             wanted: MANY_STACKS,
             looked_at: Instant::now(),
+            is_urgent: false,
             unused: HashSet::new(),
         }
     }
@@ -177,7 +180,7 @@ impl Tracer {
                 image.versions.forget(&unused);
             }
         } else if self.ledger.known_stacks() >= self.stacks.wanted
-            && self.stacks.looked_at.elapsed() >= LOOK_AT_STACKS
+            && (self.stacks.is_urgent || self.stacks.looked_at.elapsed() >= LOOK_AT_STACKS)
         {
             let unused = self.ledger.unused_stacks();
             for stack in &unused {
@@ -188,8 +191,15 @@ impl Tracer {
             let used = self.ledger.known_stacks().saturating_sub(unused.len());
             self.stacks.wanted = (2 * used).clamp(MANY_STACKS, MAX_STACKS);
             self.stacks.looked_at = Instant::now();
+            self.stacks.is_urgent = false;
             self.stacks.unused = unused;
         }
+    }
+
+    /// Has stacks that are in nobody's books looked for at the next round, however few there are.
+    pub(super) fn forget_stacks_soon(&mut self) {
+        self.stacks.wanted = 0;
+        self.stacks.is_urgent = true;
     }
 
     /// Moves what a target has counted to the sums over those that are forgotten.

@@ -1,7 +1,10 @@
 //! What the tracer can be asked, and how.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -168,11 +171,26 @@ const READ_LIMIT: Duration = Duration::from_secs(5);
 pub struct TracerHandle {
     commands: mpsc::Sender<Command>,
     live: watch::Receiver<usize>,
+    profiles: Arc<AtomicUsize>,
 }
 
 impl TracerHandle {
-    pub(super) const fn new(commands: mpsc::Sender<Command>, live: watch::Receiver<usize>) -> Self {
-        Self { commands, live }
+    pub(super) const fn new(
+        commands: mpsc::Sender<Command>,
+        live: watch::Receiver<usize>,
+        profiles: Arc<AtomicUsize>,
+    ) -> Self {
+        Self {
+            commands,
+            live,
+            profiles,
+        }
+    }
+
+    /// How many profiles there is memory for at a time.
+    #[must_use]
+    pub fn profiles_at_a_time(&self) -> usize {
+        self.profiles.load(Ordering::Relaxed)
     }
 
     /// Traces a process; returns when its probes are in place.

@@ -4,6 +4,7 @@
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
 //! of them, `marks` counts from a moment on, `shards` has the prefilter's given back,
+//! `memory` keeps below the limit,
 //! `rules` and `manner` choose among all processes, `go_programs` finds Go programs among them,
 //! `golang` has their profiles read,
 //! `totals` reads what BPF has counted,
@@ -25,6 +26,7 @@ mod looked_at;
 mod manner;
 mod mappings;
 mod marks;
+mod memory;
 pub(super) mod prefilter;
 mod reporting;
 pub(super) mod rules;
@@ -43,7 +45,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::{
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    util::nr_cpus,
+};
 use memprof_common::{
     config::{TargetConfig, Unwind},
     counters::{COUNTERS, TargetCounters},
@@ -63,8 +68,11 @@ pub use self::{
     system::Everyone,
     targets::{LeaveError, Left},
 };
-use self::{forgetting::Stacks, handle::Command, marks::Mark, slots::Slots, system::System};
+use self::{
+    forgetting::Stacks, handle::Command, marks::Mark, memory::Memory, slots::Slots, system::System,
+};
 use super::{
+    budget::{Budget, Host, MaxMemory, TooLittle, WantedSizes},
     prober::ProberHandle,
     scan::Scanner,
     stack_copies::StackCopies,
@@ -79,7 +87,7 @@ use crate::{
     probe::{
         heap::give_back_holes,
         live_map::LiveMap,
-        loader::{self, LoadError, LoadOptions, Sizes},
+        loader::{self, LoadError, LoadOptions},
         mode::{ModeChoice, ProbeMode},
         pools::Pools,
         walker::Walker,
@@ -90,6 +98,7 @@ use crate::{
         mmap_events::{MmapAlarm, MmapEvents, MmapEventsError, Scope},
     },
     sample::{ImageId, Sample},
+    symbolize::SymbolizeHandle,
 };
 
 /// What a tracer is started with.
@@ -99,8 +108,10 @@ pub struct TracerOptions {
     pub sample_interval_bytes: u64,
     /// Frames to keep of a stack.
     pub stack_depth: u32,
-    /// Sizes of the BPF maps.
-    pub sizes: Sizes,
+    /// How much memory may be taken.
+    pub max_memory: MaxMemory,
+    /// Sizes of the BPF maps that are to be what they are, whatever that leaves for others.
+    pub sizes: WantedSizes,
     /// How to attach the probes.
     pub probe_mode: ModeChoice,
     /// Functions that are traced beside those of known allocators.
@@ -133,6 +144,9 @@ pub enum StartError {
     /// The kernel does not tell about new mappings.
     #[error("cannot watch for new executable mappings")]
     MmapEvents(#[from] MmapEventsError),
+    /// There is not enough memory for it.
+    #[error(transparent)]
+    TooLittleMemory(#[from] TooLittle),
     /// All processes are to be traced, and none may be written to unasked.
     #[error("all processes are traced by uprobes, which write to none: not with --probe prefilter")]
     NotByPrefilter,
@@ -186,6 +200,7 @@ pub struct Tracer {
     totals_map: PerCpuArray<MapData, TargetTotals>,
     live_map: LiveMap,
     stack_map: HashMap<MapData, StackKey, StackRecord>,
+    memory: Memory,
     stacks: Stacks,
     stack_seed: u64,
     mmap_events: MmapEvents,
@@ -260,12 +275,15 @@ struct Work {
 }
 
 impl Tracer {
-    /// Loads the BPF programs and starts the task.
+    /// Loads the BPF programs and starts the task. It has `names` forgotten if memory is short.
     ///
     /// # Errors
     ///
     /// [`StartError`]; nothing stays behind in the kernel.
-    pub fn start(mut options: TracerOptions) -> Result<TracerHandle, StartError> {
+    pub fn start(
+        mut options: TracerOptions,
+        names: SymbolizeHandle,
+    ) -> Result<TracerHandle, StartError> {
         let may_write = options.probe_mode.may_write();
         if options.filters.may_write() && !may_write {
             return Err(StartError::NeverWrites);
@@ -281,9 +299,14 @@ impl Tracer {
             }
             options.probe_mode = ModeChoice::Uprobe;
         }
+        let host = Host {
+            cpus: nr_cpus().map_err(|(_, error)| error)? as u64,
+            traces_all: options.all,
+        };
+        let budget = Budget::new(options.max_memory, &options.sizes, host)?;
         let stack_copies = options.stack_copies.as_deref();
         let loaded = loader::load(&LoadOptions {
-            sizes: options.sizes,
+            sizes: budget.sizes,
             mode: options.probe_mode,
             bpf_log: options.bpf_log,
             copy_stacks: stack_copies.is_some(),
@@ -303,9 +326,9 @@ impl Tracer {
         let (sender, commands) = mpsc::channel(QUEUE);
         let (live, live_receiver) = watch::channel(0);
         let log = loaded.log.map(LogReader::new).transpose()?;
-        let tracer = Self {
+        let mut tracer = Self {
             coarsest_interval_bytes: options.sample_interval_bytes,
-            ring: EventRing::new(loaded.maps.events, options.sizes.ring_bytes)?,
+            ring: EventRing::new(loaded.maps.events, budget.sizes.ring_bytes)?,
             options,
             target_map: loaded.maps.targets,
             slot_map: loaded.maps.slots,
@@ -313,6 +336,7 @@ impl Tracer {
             totals_map: loaded.maps.totals,
             live_map: loaded.maps.live,
             stack_map: loaded.maps.stacks,
+            memory: Memory::new(budget, names),
             stacks: Stacks::default(),
             stack_seed: random_seed(),
             mmap_alarm: Some(mmap_events.alarm()?),
@@ -360,8 +384,10 @@ impl Tracer {
             forgotten_targets: 0,
             told_losses: BTreeMap::new(),
         };
+        tracer.look_after_memory();
+        let profiles = tracer.memory.profiles();
         tokio::spawn(tracer.run());
-        Ok(TracerHandle::new(sender, live_receiver))
+        Ok(TracerHandle::new(sender, live_receiver, profiles))
     }
 
     async fn run(mut self) {
@@ -427,6 +453,7 @@ impl Tracer {
             self.undecodable_events += undecodable;
             self.apply_all(&batch);
             batch.clear();
+            self.bound_blocks();
             self.close_replaced();
             self.let_unwanted_go();
             self.write_stack_copies();
@@ -519,6 +546,7 @@ impl Tracer {
         if slow {
             self.scanner.forget_files(HOLD_FILES);
             self.forget_kept();
+            self.look_after_memory();
             // Reads the whole live map: not at every tick while events get lost.
             self.sweep_if_lossy();
             self.refresh_memory_in_turn();

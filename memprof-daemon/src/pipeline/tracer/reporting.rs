@@ -169,6 +169,7 @@ impl Tracer {
             longest_round_ms: milliseconds(self.work.longest_round),
             sums: self.sums(),
             attaching: self.work.attaching,
+            memory: self.memory_stats(),
             processes: self
                 .shown()
                 .map(|(&pid, target)| {

@@ -156,6 +156,9 @@ impl Tracer {
 
     /// Makes slots ready and lets BPF give them away.
     pub(super) fn fill_stock(&mut self) {
+        if self.memory.refuses_targets() {
+            return self.empty_stock();
+        }
         while let Some((slot, was_used)) = self.slots.take_unready() {
             if !self.clear_slot(slot, was_used) {
                 continue;
@@ -175,6 +178,18 @@ impl Tracer {
                     self.slots.used.push(slot);
                     return;
                 }
+            }
+        }
+    }
+
+    /// Takes back those slots that are ready and not taken yet: calls of further processes are
+    /// counted and not looked at.
+    fn empty_stock(&mut self) {
+        while let Ok(slot) = self.slots.stock_map.pop(0) {
+            if let Ok(slot) = u16::try_from(slot)
+                && self.slots.stock.remove(&slot)
+            {
+                self.slots.used.push(slot);
             }
         }
     }
