@@ -17,6 +17,7 @@ pub fn memprof<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
     // What the user has set for other runs.
     for name in [
         "MEMPROF_SAMPLE_INTERVAL",
+        "MEMPROF_CHILDREN",
         "DEBUGINFOD_URLS",
         "DEBUGINFOD_CACHE_PATH",
         "DEBUGINFOD_TIMEOUT",

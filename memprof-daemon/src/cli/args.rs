@@ -123,6 +123,7 @@ impl TraceArgs {
             probe_mode: self.probe,
             all: false,
             filters: Filters::default(),
+            children: false,
             keep_exited: None,
             attach_timeout: self.attach_timeout,
             unwind: self.unwind.into(),

@@ -171,6 +171,24 @@ impl Scanner {
         Ok(scan)
     }
 
+    /// Reads a child of a traced process, which may have no allocator yet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::scan`].
+    pub(super) fn scan_child(
+        &self,
+        pid: u32,
+        clear: Option<Duration>,
+    ) -> Result<Scan, TargetError> {
+        clear_leftover(pid, clear)?;
+        let scan = self.rescan(pid, Tables::Later)?;
+        if !scan.exit.is_alive().unwrap_or(true) {
+            return Err(TargetError::Exited(pid));
+        }
+        Ok(scan)
+    }
+
     /// Reads a process that is traced; it may have no allocator (yet), and may
     /// have ended: the caller compares the start time.
     ///

@@ -37,6 +37,10 @@ pub struct Stats {
     pub lost_mapping_events: u64,
     /// Every process is traced.
     pub traces_all: bool,
+    /// Children of the processes that are named are traced, too.
+    pub follows_children: bool,
+    /// What has become of them.
+    pub children: ChildTally,
     /// How many more processes can be traced at this moment.
     pub free_slots: usize,
     /// Calls of processes that were not looked at, since no slot was free for them.
@@ -87,6 +91,20 @@ impl Sums {
             *self.losses.entry(cause).or_default() += number;
         }
     }
+}
+
+/// What has become of the children of processes that somebody has named, where those are
+/// followed. Those that are left out of all sums are on their way, or could not be traced yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ChildTally {
+    /// How many there are or were.
+    pub found: u64,
+    /// How many have been traced.
+    pub traced: u64,
+    /// How many have ended before they could be.
+    pub missed: u64,
+    /// How many have ended while there was no room for them.
+    pub refused: u64,
 }
 
 /// How processes were taken on.
@@ -163,6 +181,8 @@ pub struct ProcessFacts {
     pub engine: &'static str,
     /// Why it is `uprobe` although the prefilter was wanted.
     pub engine_reason: Option<String>,
+    /// Whose child it is, if it is traced for that.
+    pub child_of: Option<u32>,
     /// What it has cost.
     #[serde(flatten)]
     pub cost: Cost,

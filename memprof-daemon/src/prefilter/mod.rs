@@ -34,7 +34,7 @@ pub mod relocate;
 mod remote;
 mod restart;
 mod shared;
-mod sharing;
+pub mod sharing;
 mod step;
 pub mod stop;
 pub mod stop_error;

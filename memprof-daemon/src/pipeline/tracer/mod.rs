@@ -3,7 +3,7 @@
 //! Everything that changes the books runs here, one thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `marks` counts from a moment on,
-//! `rules` and `manner` choose among all processes, `golang` has Go programs' profiles read,
+//! `rules` and `manner` choose among all processes, `children` follows forks, `golang` has Go programs' profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -12,8 +12,10 @@ mod admission;
 mod attaching;
 mod births;
 mod booking;
+pub(super) mod children;
 mod claims;
 mod config;
+mod family;
 pub(super) mod golang;
 mod handle;
 mod life;
@@ -57,7 +59,7 @@ pub use self::{
     system::Everyone,
     targets::{LeaveError, Left},
 };
-use self::{handle::Command, marks::Mark, slots::Slots, system::System};
+use self::{family::Family, handle::Command, marks::Mark, slots::Slots, system::System};
 use super::{
     prober::ProberHandle,
     scan::Scanner,
@@ -100,6 +102,8 @@ pub struct TracerOptions {
     pub all: bool,
     /// Those rules.
     pub filters: Filters,
+    /// The children of processes that are named are traced, too.
+    pub children: bool,
     /// How long what is known of a process is kept after its end; for ever if none.
     pub keep_exited: Option<Duration>,
     /// How long threads may be in the way of the prefilter.
@@ -185,6 +189,8 @@ pub struct Tracer {
     slots: Slots,
     /// Where every process is traced.
     system: Option<System>,
+    /// Whose children are followed, if any are.
+    family: Option<Family>,
     last_serial: u64,
     /// The process whose memory is asked for next.
     memory_turn: u32,
@@ -274,7 +280,8 @@ impl Tracer {
             .map(|(path, ring)| StackCopies::create(path, ring))
             .transpose()?;
         let tables = Arc::new(TableStore::new(loaded.maps.arena));
-        let mmap_events = MmapEvents::open(if system.is_some() {
+        let family = options.children.then(Family::new);
+        let mmap_events = MmapEvents::open(if system.is_some() || family.is_some() {
             Scope::Lives
         } else {
             Scope::Mappings
@@ -308,6 +315,7 @@ impl Tracer {
                 loaded.maps.calls,
             ),
             system,
+            family,
             last_serial: 0,
             memory_turn: 0,
             unwanted: Vec::new(),
@@ -351,6 +359,7 @@ impl Tracer {
             let mut undecodable = 0;
             // Where waiting ends and work begins.
             let begun;
+            let next_child = self.next_child();
             tokio::select! {
                 drained = self.ring.drain(DRAIN_LIMIT, |record| match decode(record) {
                     Ok(sample) => batch.push(sample),
@@ -395,6 +404,10 @@ impl Tracer {
                     begun = Instant::now();
                     self.publish_ready();
                 }
+                () = reached(next_child) => {
+                    begun = Instant::now();
+                    self.take_on_children();
+                }
                 () = flush_log(&mut self.log) => begun = Instant::now(),
                 _ = tick.tick() => {
                     ticks = ticks.wrapping_add(1);
@@ -436,6 +449,13 @@ impl Tracer {
             Command::Swept(swept) => self.swept(&swept),
             Command::Considered(considered) => self.considered(considered),
             Command::Unshared => self.unshared(),
+            Command::ChildScanned {
+                pid,
+                serial,
+                result,
+            } => self.child_scanned(pid, serial, result),
+            Command::Parents(parents) => self.parents_looked(&parents),
+            Command::ChildrenSettled { reply } => self.when_settled(reply),
             Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
             Command::Looked(modules) => self.share_modules(&modules),
             Command::Shared { file, result } => self.shared(file, result),
@@ -485,6 +505,7 @@ impl Tracer {
         self.drain_ring();
         self.refill();
         self.look_after_all(slow);
+        self.look_after_children(slow);
         if slow {
             self.scanner.forget_files(HOLD_FILES);
             self.forget_kept();

@@ -104,6 +104,11 @@ impl Tracer {
         {
             system.let_go.insert(pid, LetGo::of(&image.info));
         }
+        if self.targets.get(&pid).is_some_and(Target::is_live)
+            && let Some(family) = &mut self.family
+        {
+            family.let_go(pid);
+        }
         self.detach(pid, reply);
     }
 
@@ -339,11 +344,10 @@ impl Tracer {
 
     /// Forgets the processes that ended long enough ago.
     pub(super) fn forget_kept(&mut self) {
-        let Some(keep) = self.options.keep_exited else {
-            return;
-        };
+        let keep = self.options.keep_exited;
         let is_due = |target: &Target| {
-            target.is_unwanted || target.ended().is_some_and(|ended| ended.elapsed() >= keep)
+            let ended = target.ended().zip(keep);
+            target.is_unwanted || ended.is_some_and(|(ended, keep)| ended.elapsed() >= keep)
         };
         let due: Vec<u32> = self
             .targets
@@ -377,7 +381,8 @@ impl Tracer {
     pub(super) fn forget(&mut self, pid: u32, target: &Target) {
         let sums = self.sums_of(target);
         self.forgotten.add(&sums);
-        self.forgotten_targets += 1;
+        // Of a child that was never traced nothing was shown either.
+        self.forgotten_targets += u64::from(!target.is_untraced_child());
         self.ledger.forget(pid);
     }
 
