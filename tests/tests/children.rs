@@ -19,6 +19,7 @@ mod order {
     pub(super) const FORK_TWICE: &str = "36";
     pub(super) const SHORT_ONES: &str = "37";
     pub(super) const SHARE_MEMORY: &str = "38";
+    pub(super) const FORK_WITH_WORDS: &str = "39";
     pub(super) const END: &str = "TERM";
 }
 
@@ -420,6 +421,32 @@ fn shared_memory() {
         }
     );
     daemon.stop();
+}
+
+/// Check that a child in which the parent's stubs cannot be unmapped, since words on its stack
+/// look like the way back to them, is traced by uprobes.
+#[test]
+fn stubs_that_stay() {
+    let dir = TempDir::new("children");
+    let nursery = Nursery::start();
+    let options = ["--children", "--probe", "auto"];
+    let daemon = Daemon::start(&dir, &[nursery.pid()], &options);
+    let child = nursery.child(nursery.pid(), order::FORK_WITH_WORDS);
+    wait_until_traced(&daemon, child);
+    nursery.work(child);
+    let process = image(&daemon, child);
+    check_rounds(&process, 1);
+    assert_eq!(process.engine, "uprobe");
+    let reason = process.engine_reason.expect("why it is no prefilter");
+    assert!(reason.contains("its memory stays mapped"), "{reason}");
+    assert!(maps(child).contains("memprof-prefilter"));
+    // The parent's are as they were.
+    nursery.work(nursery.pid());
+    let of_parent = image(&daemon, nursery.pid());
+    check_rounds(&of_parent, 1);
+    assert_eq!(of_parent.engine, "prefilter");
+    daemon.stop();
+    nursery.work(child);
 }
 
 /// Check that a child which is let go is not taken on again, nor are its children, until it is

@@ -163,7 +163,9 @@ impl Tracer {
         self.spawn_job(move || Command::ChildScanned {
             pid,
             serial,
-            result: scanner.scan_child(pid, clear).map(Box::new),
+            result: scanner
+                .scan_child(pid, clear, mode.may_probe())
+                .map(Box::new),
         });
     }
 
@@ -221,6 +223,9 @@ impl Tracer {
         if let Some(child) = &target.child {
             first.inherited = child.inherited.filter(|_| is_copy && epoch == 0);
             first.child_of = Some(child.child_of());
+        }
+        if let Some(reason) = scan.stays_mapped {
+            target.choice = Choice::Uprobe(Some(reason));
         }
         target.images.push(first);
         target.state = State::Tracing;
