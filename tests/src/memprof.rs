@@ -19,6 +19,7 @@ pub fn memprof<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
         "MEMPROF_SAMPLE_INTERVAL",
         "MEMPROF_FUNCTION",
         "MEMPROF_FREE_FUNCTION",
+        "MEMPROF_CHILDREN",
         "DEBUGINFOD_URLS",
         "DEBUGINFOD_CACHE_PATH",
         "DEBUGINFOD_TIMEOUT",

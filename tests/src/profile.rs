@@ -80,6 +80,8 @@ pub struct Process {
     pub traced_s: f64,
     /// What it has from its parent.
     pub inherited: Option<Inherited>,
+    /// Whose child it is, if it was traced for that.
+    pub child_of: Option<ChildOf>,
     /// All calls, counted exactly.
     pub totals: Option<CallTotals>,
     /// Allocating calls by size.
@@ -124,6 +126,15 @@ pub struct Inherited {
     pub objects: u64,
     /// Their bytes.
     pub bytes: u64,
+}
+
+/// Whose child a process is.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+pub struct ChildOf {
+    /// The parent.
+    pub parent_pid: u32,
+    /// How long it had lived before it was traced, if that is known.
+    pub untraced_s: Option<f64>,
 }
 
 /// A container.

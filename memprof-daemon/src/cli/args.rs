@@ -137,6 +137,7 @@ impl TraceArgs {
             pools: self.pools.pools()?,
             all: false,
             filters: Filters::default(),
+            children: false,
             keep_exited: None,
             attach_timeout: self.attach_timeout,
             unwind: self.unwind.into(),

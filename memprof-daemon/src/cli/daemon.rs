@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{
     args::{TraceArgs, parse_seconds, parse_wait},
+    children::{ChildrenArgs, announce_children},
     descriptors,
     file::Source,
     listen::ListenArgs,
@@ -55,10 +56,14 @@ pub(super) struct DaemonArgs {
     all: bool,
 
     #[command(flatten)]
+    children: ChildrenArgs,
+
+    #[command(flatten)]
     rules: RuleArgs,
 
     /// Forget a process so long after its end, and a program so long after its process has
-    /// replaced it; what they have counted stays in sums [default: 60 with -a, else never]
+    /// replaced it; what they have counted stays in sums [default: 60 with -a and with
+    /// --children, else never]
     #[arg(long, value_name = "SECONDS", value_parser = parse_wait)]
     keep_exited: Option<Duration>,
 
@@ -93,7 +98,7 @@ pub(super) struct DaemonArgs {
     trace: TraceArgs,
 }
 
-/// How long ended processes are kept if every process is traced.
+/// How long ended processes are kept if they may be many.
 const KEEP_EXITED: Duration = Duration::from_secs(60);
 
 impl DaemonArgs {
@@ -101,7 +106,10 @@ impl DaemonArgs {
         Ok(TracerOptions {
             all: self.all,
             filters: self.filters()?.unwrap_or_default(),
-            keep_exited: self.keep_exited.or(self.all.then_some(KEEP_EXITED)),
+            children: self.children.children,
+            keep_exited: self
+                .keep_exited
+                .or((self.all || self.children.children).then_some(KEEP_EXITED)),
             ..self.trace.options()?
         })
     }
@@ -202,6 +210,10 @@ async fn serve(args: DaemonArgs, source: Option<Source>, kept: &Kept) -> anyhow:
                 return Err(error.into());
             }
         }
+    }
+    if args.children.children && !announce_children(&tracer, &mut interrupts).await {
+        tracer.stop().await;
+        return Ok(ExitCode::SUCCESS);
     }
     let service = Service {
         tracer: tracer.clone(),

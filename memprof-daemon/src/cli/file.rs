@@ -151,6 +151,9 @@ fn lenient(arg: &Arg) -> Arg {
     if action.takes_values() {
         lenient = lenient.value_parser(value_parser!(OsString));
         lenient = lenient.num_args(arg.get_num_args().unwrap_or_default());
+    } else {
+        // A variable says yes or no in its own way.
+        lenient = lenient.value_parser(arg.get_value_parser().clone());
     }
     if let Some(long) = arg.get_long() {
         lenient = lenient.long(long.to_owned());

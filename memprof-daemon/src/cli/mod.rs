@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod children;
 mod cleanup;
 mod client;
 mod config;

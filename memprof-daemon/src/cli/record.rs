@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 
 use super::{
     args::{TraceArgs, parse_seconds, parse_wait},
+    children::{ChildrenArgs, announce_children, untraced_in_words},
     descriptors,
     names::{NamesArgs, Wait, name_last},
     output::{Output, format_for},
@@ -39,7 +40,8 @@ use crate::{
 ///
 /// With -p it ends after -d, on Ctrl-C, or when the last process exits; with -a after -d or
 /// on Ctrl-C; with a command it ends with it and has its exit status. The profile is written in
-/// every case. Children of a process are not followed.
+/// every case. Children of a process are followed with --children: then the last of them is the
+/// last process.
 #[derive(Debug, Args)]
 pub(super) struct RecordArgs {
     /// Process to trace; may be repeated
@@ -59,6 +61,9 @@ pub(super) struct RecordArgs {
     /// Ctrl-C; none is written to
     #[arg(short = 'a', long, conflicts_with = "command")]
     all: bool,
+
+    #[command(flatten)]
+    children: ChildrenArgs,
 
     #[command(flatten)]
     rules: RuleArgs,
@@ -116,6 +121,7 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let options = TracerOptions {
         all: args.all,
         filters: args.rules.filters()?,
+        children: args.children.children,
         ..args.trace.options()?
     };
     let tracer = Tracer::start(options, symbolizer.clone())?;
@@ -127,7 +133,7 @@ async fn record(args: RecordArgs, output: Output) -> anyhow::Result<ExitCode> {
     let started = if args.all {
         attach_everyone(&tracer, &mut interrupts).await
     } else if args.command.is_empty() {
-        attach_all(&tracer, &args.pids, &mut interrupts).await
+        attach_all(&tracer, &args.pids, args.children, &mut interrupts).await
     } else {
         start_command(&tracer, &args.command).await.map(Some)
     };
@@ -176,6 +182,8 @@ async fn finish(
         .capture(None)
         .await
         .context("the tracer has ended")?;
+    let stats = service.tracer.stats().await;
+    let untraced = stats.and_then(|stats| untraced_in_words(&stats.children));
     // Naming may take a while; the targets should not pay for it.
     service.tracer.stop().await;
     let samples = capture.samples();
@@ -192,6 +200,9 @@ async fn finish(
             eprintln!("memprof: {loss}");
         }
     }
+    if let Some(untraced) = untraced {
+        eprintln!("memprof: {untraced}");
+    }
     Ok(())
 }
 
@@ -199,6 +210,7 @@ async fn finish(
 async fn attach_all(
     tracer: &TracerHandle,
     pids: &[u32],
+    children: ChildrenArgs,
     interrupts: &mut Interrupts,
 ) -> anyhow::Result<Option<Launched>> {
     let mut all = Vec::with_capacity(pids.len());
@@ -210,6 +222,9 @@ async fn attach_all(
     }
     // Who waits for these lines may rely on all of them.
     all.iter().for_each(announce);
+    if children.children && !announce_children(tracer, interrupts).await {
+        anyhow::bail!("interrupted while attaching");
+    }
     Ok(None)
 }
 

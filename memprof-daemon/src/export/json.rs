@@ -15,7 +15,7 @@ use self::frames::{Frames, Written};
 use crate::export::{
     go::GoObject,
     numbers::{Numbers, by_inuse},
-    profile::{Inherited, Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
+    profile::{ChildOf, Inherited, Origin, ProbeSite, ProcessProfile, Profile, StackProfile},
     totals::{CallTotals, SizeClass},
 };
 
@@ -138,6 +138,8 @@ struct Process<'a> {
     go_refusal: Option<&'a str>,
     traced_s: f64,
     inherited: Option<Inherited>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    child_of: Option<ChildOf>,
     memory: Option<Memory>,
     totals: Option<CallTotals>,
     size_histogram: Option<&'a [SizeClass]>,
@@ -171,6 +173,7 @@ impl<'a> Process<'a> {
             go_refusal: process.go_refusal.as_deref(),
             traced_s: seconds(process.traced),
             inherited: process.inherited,
+            child_of: process.child_of,
             memory: process.memory.map(|memory| Memory {
                 rss_bytes: memory.rss_bytes,
                 rss_anon_bytes: memory.rss_anon_bytes,

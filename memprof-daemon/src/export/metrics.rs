@@ -50,6 +50,8 @@ pub struct Metrics {
     pub failed_sweeps: u64,
     /// Records of the ring that made no sense.
     pub undecodable_events: u64,
+    /// What has become of children, if they are followed.
+    pub children: Option<ChildMetrics>,
     /// Calls that were not looked at for want of a slot.
     pub unclaimed_calls: u64,
     /// Go programs that were not read.
@@ -79,6 +81,19 @@ pub struct MemoryMetrics {
     pub forgotten_early: u64,
     /// What there was no room for, and how often.
     pub refused: Vec<(&'static str, u64)>,
+}
+
+/// What has become of the children of processes that somebody has named.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ChildMetrics {
+    /// How many there are or were.
+    pub found: u64,
+    /// How many have been traced.
+    pub traced: u64,
+    /// How many have ended before they could be.
+    pub missed: u64,
+    /// How many have ended while there was no room for them.
+    pub refused: u64,
 }
 
 /// One target.
@@ -315,6 +330,28 @@ impl Scrape {
             "Go programs that were not read, since they had ended or no slot was free",
             metrics.missed_go_programs,
         )?;
+        if let Some(children) = metrics.children {
+            out.counter(
+                "memprof_children_found",
+                "Children of the processes that are named",
+                children.found,
+            )?;
+            out.counter(
+                "memprof_children_traced",
+                "Children that have been traced",
+                children.traced,
+            )?;
+            out.counter(
+                "memprof_children_missed",
+                "Children that have ended before they could be traced",
+                children.missed,
+            )?;
+            out.counter(
+                "memprof_children_refused",
+                "Children that have ended while there was no room for them",
+                children.refused,
+            )?;
+        }
         out.gauge(
             "memprof_free_slots",
             "Processes that can be traced besides those that are",

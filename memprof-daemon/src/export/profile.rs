@@ -127,6 +127,16 @@ pub struct Inherited {
     pub bytes: u64,
 }
 
+/// Of a process that is traced since it is another's child.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ChildOf {
+    /// The parent that made it.
+    pub parent_pid: u32,
+    /// How long it had lived by the time that its calls were looked at; none if it was made
+    /// before its parent was traced, and of further programs that it has run.
+    pub untraced_s: Option<f64>,
+}
+
 /// The profile of one process image.
 #[derive(Clone, Debug)]
 pub struct ProcessProfile {
@@ -154,6 +164,8 @@ pub struct ProcessProfile {
     /// What it has from its parent, which is in that one's profile and not in this; none if
     /// it is no copy of a process that is traced.
     pub inherited: Option<Inherited>,
+    /// Whose child it is, if it is traced for that.
+    pub child_of: Option<ChildOf>,
     /// All of its calls, counted exactly; none if they are not known.
     pub totals: Option<ExactTotals>,
     /// What is told of a Go program whose own profile this is.

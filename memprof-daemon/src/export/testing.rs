@@ -15,8 +15,8 @@ use crate::{
     address::{AbsAddr, FileOffset},
     export::{
         profile::{
-            Engine, Inherited, Origin, ProbeInfo, ProbeSite, ProcessMemory, ProcessProfile,
-            Profile, StackProfile,
+            ChildOf, Engine, Inherited, Origin, ProbeInfo, ProbeSite, ProcessMemory,
+            ProcessProfile, Profile, StackProfile,
         },
         totals::{CallTotals, ExactTotals, SizeClass},
     },
@@ -132,6 +132,7 @@ pub(crate) fn profile() -> Profile {
                 }),
                 traced: Duration::from_millis(30_042),
                 inherited: None,
+                child_of: None,
                 totals: Some(totals()),
                 losses: BTreeMap::from([("alloc_ring_full", 12), ("live_map_full", 0)]),
                 go: None,
@@ -155,6 +156,10 @@ pub(crate) fn profile() -> Profile {
                     parent_pid: 4242,
                     objects: 3,
                     bytes: 4096,
+                }),
+                child_of: Some(ChildOf {
+                    parent_pid: 4242,
+                    untraced_s: Some(0.0174),
                 }),
                 totals: None,
                 losses: BTreeMap::new(),

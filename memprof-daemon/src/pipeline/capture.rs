@@ -12,7 +12,7 @@ use crate::{
     address::{AbsAddr, FileOffset, FrameAddress},
     export::{
         profile::{
-            Engine, GoFacts, Inherited, ProbeInfo, ProcessMemory, ProcessProfile, Profile,
+            ChildOf, Engine, GoFacts, Inherited, ProbeInfo, ProcessMemory, ProcessProfile, Profile,
             StackProfile,
         },
         totals::ExactTotals,
@@ -68,6 +68,8 @@ pub struct ImageCapture {
     pub traced: Duration,
     /// What it has from its parent.
     pub inherited: Option<Inherited>,
+    /// Whose child it is, if it is traced for that.
+    pub child_of: Option<ChildOf>,
     /// All of its calls, counted exactly; none if they are not known.
     pub totals: Option<ExactTotals>,
     /// What was lost.
@@ -162,6 +164,7 @@ impl Capture {
                 memory: image.memory,
                 traced: image.traced,
                 inherited: image.inherited,
+                child_of: image.child_of,
                 totals: image.totals,
                 losses: image.losses,
                 go: go_facts,

@@ -4,9 +4,9 @@ use std::{fs, time::Duration};
 
 use nix::sys::resource::{UsageWho, getrusage};
 
-use super::stats::{MemoryStats, ProcessFacts, ProcessStats, Stats};
+use super::stats::{ChildTally, MemoryStats, ProcessFacts, ProcessStats, Stats};
 use crate::{
-    export::metrics::{DaemonMetrics, MemoryMetrics, Metrics, TargetMetrics},
+    export::metrics::{ChildMetrics, DaemonMetrics, MemoryMetrics, Metrics, TargetMetrics},
     process::info::{ProcessInfo, read_memory, read_status, status_field},
 };
 
@@ -27,6 +27,7 @@ pub(super) fn metrics(stats: Stats) -> Metrics {
         sweeps: stats.sweeps,
         failed_sweeps: stats.failed_sweeps,
         undecodable_events: stats.undecodable_events,
+        children: stats.follows_children.then(|| children(stats.children)),
         unclaimed_calls: stats.unclaimed_calls,
         missed_go_programs: stats.missed_go_programs,
         free_slots: stats.free_slots as u64,
@@ -74,6 +75,15 @@ fn target(process: ProcessStats) -> TargetMetrics {
         losses: books.losses.values().sum(),
         attach_time: duration(cost.attach_ms),
         longest_stop: duration(cost.longest_stopped_ms),
+    }
+}
+
+const fn children(tally: ChildTally) -> ChildMetrics {
+    ChildMetrics {
+        found: tally.found,
+        traced: tally.traced,
+        missed: tally.missed,
+        refused: tally.refused,
     }
 }
 

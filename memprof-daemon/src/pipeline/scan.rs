@@ -68,6 +68,10 @@ pub(super) enum PoolsWanted {
     Any,
 }
 
+/// How long a child's parent's stubs may take to be unmapped, if it can be probed else: words
+/// that have been left on its stack do not go by themselves.
+const CLEAR_CHILD: Duration = Duration::from_millis(200);
+
 /// A file that is held, and its table.
 #[derive(Debug)]
 struct Recent {
@@ -89,6 +93,8 @@ pub(super) struct Scan {
     pub(super) exit: ExitWatch,
     /// The unwind tables of its files, by (device, inode).
     pub(super) tables: Vec<((u64, u64), FileTable)>,
+    /// Why what its parent's stubs are in is still mapped, if it is. No function leads there.
+    pub(super) stays_mapped: Option<String>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -212,6 +218,44 @@ impl Scanner {
         Ok(scan)
     }
 
+    /// Reads a child of a traced process, which may have no allocator yet. If it may be probed,
+    /// its parent's stubs may stay mapped.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::scan`].
+    pub(super) fn scan_child(
+        &self,
+        pid: u32,
+        clear: Option<Duration>,
+        may_probe: bool,
+    ) -> Result<Scan, TargetError> {
+        let clear = clear.map(|limit| match may_probe {
+            true => limit.min(CLEAR_CHILD),
+            false => limit,
+        });
+        let stays_mapped = match clear_leftover(pid, clear) {
+            // Its functions are as they were: probes do no harm.
+            Err(TargetError::Leftover {
+                error: error @ DetachError::Busy,
+                ..
+            }) if may_probe => Some(format!("its parent's prefilter: {error}")),
+            cleared => {
+                cleared?;
+                None
+            }
+        };
+        let scan = self.rescan(pid, Tables::Later)?;
+        let scan = Scan {
+            stays_mapped,
+            ..scan
+        };
+        if !scan.exit.is_alive().unwrap_or(true) {
+            return Err(TargetError::Exited(pid));
+        }
+        Ok(scan)
+    }
+
     /// Reads a process that is traced; it may have no allocator (yet), and may
     /// have ended: the caller compares the start time.
     ///
@@ -264,6 +308,7 @@ impl Scanner {
             go,
             exit,
             tables,
+            stays_mapped: None,
         })
     }
 

@@ -40,6 +40,10 @@ pub struct Stats {
     pub lost_mapping_events: u64,
     /// Every process is traced.
     pub traces_all: bool,
+    /// Children of the processes that are named are traced, too.
+    pub follows_children: bool,
+    /// What has become of them.
+    pub children: ChildTally,
     /// How many more processes can be traced at this moment.
     pub free_slots: usize,
     /// Calls of processes that were not looked at, since no slot was free for them.
@@ -203,6 +207,20 @@ impl Counted {
     }
 }
 
+/// What has become of the children of processes that somebody has named, where those are
+/// followed. Those that are left out of all sums are on their way, or could not be traced yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ChildTally {
+    /// How many there are or were.
+    pub found: u64,
+    /// How many have been traced.
+    pub traced: u64,
+    /// How many have ended before they could be.
+    pub missed: u64,
+    /// How many have ended while there was no room for them.
+    pub refused: u64,
+}
+
 /// How processes were taken on.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Attaching {
@@ -273,6 +291,8 @@ pub struct ProcessFacts {
     pub engine_reason: Option<String>,
     /// Of a Go program.
     pub go: Option<GoStatus>,
+    /// Whose child it is, if it is traced for that.
+    pub child_of: Option<u32>,
     /// What it has cost.
     #[serde(flatten)]
     pub cost: Cost,

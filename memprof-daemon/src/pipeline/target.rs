@@ -25,7 +25,7 @@ use super::{
     versions::StackVersions,
 };
 use crate::{
-    export::profile::{Engine, Inherited, ProbeSite, ProcessMemory},
+    export::profile::{ChildOf, Engine, Inherited, ProbeSite, ProcessMemory},
     golang::GoError,
     ledger::EventTally,
     prefilter::{
@@ -152,6 +152,10 @@ pub(super) struct Image {
     pub(super) totals: ImageTotals,
     /// What it has from its parent: blocks that are in the parent's books.
     pub(super) inherited: Option<Inherited>,
+    /// Whose child it is, if it is traced for that.
+    pub(super) child_of: Option<ChildOf>,
+    /// It has ended before anything in it was probed.
+    pub(super) is_unseen: bool,
     /// How its calls were looked at, once it has ended.
     pub(super) engine: Option<Engine>,
     /// What stubs in it could not do.
@@ -194,6 +198,8 @@ impl Image {
             memory: None,
             totals: ImageTotals::new((id.epoch == 0).then(TargetTotals::default)),
             inherited: None,
+            child_of: None,
+            is_unseen: false,
             engine: None,
             stub_losses: StubLosses::default(),
             go: None,
@@ -313,6 +319,18 @@ impl State {
     }
 }
 
+/// A target that is traced since it is another's child.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Child {
+    pub(super) parent: u32,
+    /// When it was made, if that was told.
+    pub(super) born_ns: Option<u64>,
+    /// What it has from its parent, if it is its copy.
+    pub(super) inherited: Option<Inherited>,
+    /// Something in it is probed.
+    pub(super) is_traced: bool,
+}
+
 /// A task that ends when nobody has this any more.
 #[derive(Debug)]
 pub(super) struct Watching(pub(super) AbortHandle);
@@ -364,6 +382,8 @@ pub(super) struct Target {
     pub(super) is_shared: bool,
     /// It is traced since rules say so, and as long as they do.
     pub(super) is_by_rule: bool,
+    /// Whose child it is, if it is traced for that.
+    pub(super) child: Option<Child>,
     /// How it may be looked at.
     pub(super) mode: ModeChoice,
     /// It has turned up and is not to be traced: nothing of it is shown.
@@ -453,6 +473,7 @@ impl Target {
             serial: 0,
             is_shared: false,
             is_by_rule: false,
+            child: None,
             mode: ModeChoice::default(),
             is_unwanted: false,
             sample_seed,

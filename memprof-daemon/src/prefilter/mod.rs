@@ -35,7 +35,7 @@ pub mod relocate;
 mod remote;
 mod restart;
 mod shared;
-mod sharing;
+pub mod sharing;
 pub mod stack_rows;
 mod step;
 pub mod stop;

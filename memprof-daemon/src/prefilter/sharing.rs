@@ -85,6 +85,12 @@ fn is_there(tasks: &OwnedFd, tid: u32) -> bool {
     rustix::fs::statat(tasks, tid.to_string(), AtFlags::empty()).is_ok()
 }
 
+/// Whether two processes have the same memory, as far as the kernel tells.
+#[must_use]
+pub fn is_shared_by(a: u32, b: u32) -> bool {
+    shares_memory(a, b).unwrap_or(false)
+}
+
 fn shares_memory(a: u32, b: u32) -> Result<bool, Errno> {
     // SAFETY: kcmp(2) takes numbers, and writes nothing.
     let order = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };

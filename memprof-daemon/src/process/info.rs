@@ -249,6 +249,14 @@ pub fn start_ticks(pid: u32) -> Result<u64, ProcessError> {
     Stat::read(pid).map(|stat| stat.start_ticks)
 }
 
+/// The parent of `pid`, 0 if that is in no pid namespace of ours; none if there is no such
+/// process, or not any more: a zombie has ended.
+#[must_use]
+pub fn parent_of(pid: u32) -> Option<u32> {
+    let stat = Stat::read(pid).ok()?;
+    (!matches!(stat.state, 'Z' | 'X')).then_some(stat.parent)
+}
+
 /// Whether a signal is ignored by this process, as nohup(1) has it.
 #[must_use]
 pub fn is_ignored(signal: i32) -> bool {
@@ -299,6 +307,7 @@ pub(crate) struct Stat {
     pub(crate) comm: String,
     pub(crate) state: char,
     pub(crate) flags: u64,
+    parent: u32,
     start_ticks: u64,
 }
 
@@ -321,13 +330,15 @@ impl Stat {
         let (comm, rest) = rest.rsplit_once(')')?;
         let mut fields = rest.split_whitespace();
         let state = fields.next()?.chars().next()?;
-        // Behind `state`, which is field 3: flags are field 9, starttime 22.
-        let flags = fields.nth(5)?.parse().ok()?;
+        // Behind `state`, which is field 3: the parent is field 4, flags are 9, starttime 22.
+        let parent = fields.next()?.parse().ok()?;
+        let flags = fields.nth(4)?.parse().ok()?;
         let start_ticks = fields.nth(12)?.parse().ok()?;
         Some(Self {
             comm: comm.to_owned(),
             state,
             flags,
+            parent,
             start_ticks,
         })
     }
@@ -345,8 +356,8 @@ mod tests {
         let stat = Stat::parse(text).unwrap();
         assert_eq!(stat.comm, "a) R 1 (b");
         assert_eq!(
-            (stat.state, stat.flags, stat.start_ticks),
-            ('S', 4_194_560, 777)
+            (stat.state, stat.parent, stat.flags, stat.start_ticks),
+            ('S', 1, 4_194_560, 777)
         );
         for text in ["", "7 (a", "7 (a)", "7 (a) S 1 2 3", ") 7 ("] {
             assert!(Stat::parse(text).is_none(), "{text}");
@@ -396,6 +407,7 @@ mod tests {
         );
 
         let mut child = Command::new("/bin/true").spawn().unwrap();
+        assert!(parent_of(child.id()).is_none_or(|parent| parent == std::process::id()));
         let refused = loop {
             match read(child.id()) {
                 Ok(_) => std::thread::yield_now(),
@@ -403,6 +415,7 @@ mod tests {
             }
         };
         assert!(matches!(refused, ProcessError::Zombie { .. }), "{refused}");
+        assert_eq!(parent_of(child.id()), None);
         assert!(matches!(
             read_memory(child.id()),
             Err(ProcessError::NotFound { .. })

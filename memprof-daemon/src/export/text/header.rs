@@ -113,6 +113,13 @@ impl<W: Write> Report<'_, W> {
                 &format!("{bytes} in {objects} from pid {parent_pid}, not counted here"),
             )?;
         }
+        if let Some(child) = &process.child_of {
+            let late = match child.untraced_s {
+                Some(late) => format!(", not traced for its first {:.0} ms", late * 1e3),
+                None => String::new(),
+            };
+            self.fact("child of", &format!("pid {}{late}", child.parent_pid))?;
+        }
         let cgroup = &process.origin.cgroup;
         if let Some(container) = &cgroup.container {
             self.fact("container", &in_words(container))?;

@@ -48,7 +48,15 @@ impl Tracer {
         if let Some(system) = &mut self.system {
             system.let_go.remove(&pid);
         }
+        if let Some(family) = &mut self.family {
+            family.name(pid);
+        }
         self.take_on(pid, mode, holder, Wish::Request, reply);
+        if !self.targets.contains_key(&pid)
+            && let Some(family) = &mut self.family
+        {
+            family.end_taken(pid);
+        }
     }
 
     /// Takes a process on, to be looked at in that way.
@@ -353,6 +361,9 @@ impl Tracer {
                 return self.give_up(pid, TargetError::Exited(pid));
             }
             Err(error) if first => return self.give_up(pid, error.into()),
+            Err(AttachError::Exited) => {
+                debug!(pid, "the process ended before an allocator was probed");
+            }
             Err(error) => {
                 warn!(pid, %error, "cannot probe an allocator that was mapped later");
                 for place in batch.places {
@@ -392,9 +403,14 @@ impl Tracer {
             };
             // Before the answer: who waits for it lets the process go.
             target.holder = Holder::Nobody;
-            if let Some(reply) = target.reply.take() {
+            let reply = target.reply.take();
+            // Before the answer: who has it may ask when those there are are traced.
+            self.look_for_children();
+            if let Some(reply) = reply {
                 let _ = reply.send(Ok(attached));
             }
+        } else if !target.sites.is_empty() {
+            self.child_is_traced(pid);
         }
     }
 
@@ -404,6 +420,13 @@ impl Tracer {
             return;
         };
         self.work.attaching.failed_to_attach += 1;
+        if let Some(family) = &mut self.family {
+            if target.child.is_some() {
+                family.fail(pid);
+            } else {
+                family.end_taken(pid);
+            }
+        }
         // It may have been told to BPF, or not.
         let _ = self.slot_map.remove(&pid);
         let prober = self.prober.clone();

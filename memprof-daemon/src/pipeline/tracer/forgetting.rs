@@ -70,8 +70,8 @@ impl Tracer {
     /// Forgets what ended long enough ago.
     pub(super) fn forget_kept(&mut self) {
         self.forget_strays();
+        self.forget_ended_long_ago();
         if self.options.keep_exited.is_some() {
-            self.forget_ended_long_ago();
             self.forget_replaced();
         }
         self.forget_stacks();
@@ -206,7 +206,8 @@ impl Tracer {
     pub(super) fn forget(&mut self, pid: u32, target: &Target) {
         let sums = self.sums_of(target);
         self.forgotten.add(&sums);
-        self.forgotten_targets += 1;
+        // Of a child that was never traced nothing was shown either.
+        self.forgotten_targets += u64::from(!target.is_untraced_child());
         self.ledger.forget(pid);
     }
 

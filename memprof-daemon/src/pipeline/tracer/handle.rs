@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     attaching::{Found, SiteBatch},
+    children::{Parents, SettledReply},
     config::ConfigError,
     golang::GoRead,
     marks::Mark,
@@ -82,6 +83,17 @@ pub(in crate::pipeline) enum Command {
     /// Trace every process.
     TraceAll {
         reply: StartReply,
+    },
+    /// A child that is to be traced was read.
+    ChildScanned {
+        pid: u32,
+        serial: u64,
+        result: Result<Box<Scan>, TargetError>,
+    },
+    Parents(Parents),
+    /// Tell when all children that there are have had their turn.
+    ChildrenSettled {
+        reply: SettledReply,
     },
     Considered(Considered),
     /// The probes that all share were taken off a file.
@@ -209,6 +221,15 @@ impl TracerHandle {
             .await
             .map_err(|_| TargetError::Stopped)?;
         answer.await.map_err(|_| TargetError::Stopped)?
+    }
+
+    /// Waits until all children that there are of traced processes have had their turn; how
+    /// many are traced then. None if children are not followed, or the tracer has ended.
+    pub async fn children_settled(&self) -> Option<usize> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::ChildrenSettled { reply };
+        self.commands.send(command).await.ok()?;
+        answer.await.ok()
     }
 
     /// Traces every process that there is and will be; returns when all allocators that are

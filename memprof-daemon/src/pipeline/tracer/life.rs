@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use tracing::{debug, info, warn};
 
-use super::{Command, Tracer, attaching::Found};
+use super::{Command, Tracer, attaching::Found, family::Family};
 use crate::{
     pipeline::{
         install::take_out,
@@ -28,17 +28,19 @@ impl Tracer {
         let mut lives: Vec<HostEvent> = Vec::new();
         let targets = &self.targets;
         let is_system_wide = self.system.is_some();
+        let follows_children = self.family.is_some();
         self.mmap_events.drain(|event| {
             if let HostEvent::Mmap(event) = &event
                 && targets.get(&event.pid).is_some_and(Target::is_live)
             {
                 events.push(event.clone());
             }
-            if is_system_wide {
+            if is_system_wide || follows_children && !matches!(event, HostEvent::Mmap(_)) {
                 lives.push(event);
             }
         });
         if !lives.is_empty() {
+            self.note_children(&lives);
             self.note_lives(lives);
         }
         // Each CPU has a buffer of its own; the newest mapping of an address wins.
@@ -130,7 +132,7 @@ impl Tracer {
     fn spawn_rescan_without(&self, image: ImageId, stale: Option<PrefilterImage>) {
         let scanner = self.scanner.clone();
         let time_limit = self.options.attach_timeout;
-        let tables = if self.system.is_some() {
+        let tables = if self.system.is_some() || self.family.is_some() {
             Tables::Later
         } else {
             Tables::Made
@@ -245,6 +247,8 @@ impl Tracer {
         let Some(target) = self.targets.get_mut(&image.pid) else {
             return;
         };
+        let is_unseen = target.is_untraced_child();
+        let child_of = target.child.map(|child| child.child_of());
         target.stale_plans = 0;
         let stale = target.end_stubs();
         if stale.is_some() {
@@ -261,7 +265,9 @@ impl Tracer {
             Self::end_go(current);
             // Records about what the next one maps have come before the news of it.
             next.maps_go = current.has_missed_go();
+            current.is_unseen = is_unseen;
         }
+        next.child_of = child_of;
         next.totals.set_base(totals_base);
         let is_unwanted = self
             .targets
@@ -394,6 +400,7 @@ impl Tracer {
             return;
         };
         let losses = self.losses(target.slot);
+        self.end_member(pid);
         let Some(target) = self.targets.get_mut(&pid) else {
             return;
         };
@@ -417,11 +424,10 @@ impl Tracer {
 
     /// Tells how many targets are left.
     pub(super) fn publish_live(&self) {
-        let live = self
-            .targets
-            .values()
-            .filter(|target| target.is_live())
-            .count();
-        self.live.send_replace(live);
+        let targets = self.targets.values();
+        let live = targets.filter(|target| target.is_live()).count();
+        // Children that are on their way are not the end of it.
+        let waiting = self.family.as_ref().map_or(0, Family::waiting);
+        self.live.send_replace(live + waiting);
     }
 }

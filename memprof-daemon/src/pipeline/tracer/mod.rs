@@ -5,8 +5,8 @@
 //! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
 //! of them, `marks` counts from a moment on, `shards` has the prefilter's given back,
 //! `memory` keeps below the limit,
-//! `rules` and `manner` choose among all processes, `go_programs` finds Go programs among them,
-//! `golang` has their profiles read,
+//! `rules` and `manner` choose among all processes, `children` follows forks,
+//! `go_programs` finds Go programs among all, `golang` has their profiles read,
 //! `totals` reads what BPF has counted,
 //! `reporting` answers those who ask, through a `handle`. What blocks (reading files, attaching) runs
 //! elsewhere and comes back as a `Command`.
@@ -15,8 +15,10 @@ mod admission;
 mod attaching;
 mod births;
 mod booking;
+pub(super) mod children;
 mod claims;
 mod config;
+mod family;
 mod forgetting;
 mod go_programs;
 pub(super) mod golang;
@@ -69,7 +71,8 @@ pub use self::{
     targets::{LeaveError, Left},
 };
 use self::{
-    forgetting::Stacks, handle::Command, marks::Mark, memory::Memory, slots::Slots, system::System,
+    family::Family, forgetting::Stacks, handle::Command, marks::Mark, memory::Memory, slots::Slots,
+    system::System,
 };
 use super::{
     budget::{Budget, Host, MaxMemory, TooLittle, WantedSizes},
@@ -121,6 +124,8 @@ pub struct TracerOptions {
     pub all: bool,
     /// Those rules.
     pub filters: Filters,
+    /// The children of processes that are named are traced, too.
+    pub children: bool,
     /// How long what is known of a process is kept after its end; for ever if none.
     pub keep_exited: Option<Duration>,
     /// How long threads may be in the way of the prefilter.
@@ -213,6 +218,8 @@ pub struct Tracer {
     slots: Slots,
     /// Where every process is traced.
     system: Option<System>,
+    /// Whose children are followed, if any are.
+    family: Option<Family>,
     last_serial: u64,
     /// From one reading of a Go program to the next at least, since there are so many.
     go_rest: Duration,
@@ -318,7 +325,8 @@ impl Tracer {
             .transpose()?;
         let tables = Arc::new(TableStore::new(loaded.maps.arena));
         let scanner = Arc::new(Scanner::new(Arc::clone(&tables), &options.pools));
-        let mmap_events = MmapEvents::open(if system.is_some() {
+        let family = options.children.then(Family::new);
+        let mmap_events = MmapEvents::open(if system.is_some() || family.is_some() {
             Scope::Lives
         } else {
             Scope::Mappings
@@ -352,6 +360,7 @@ impl Tracer {
                 loaded.maps.calls,
             ),
             system,
+            family,
             last_serial: 0,
             go_rest: Duration::ZERO,
             memory_turn: 0,
@@ -399,6 +408,7 @@ impl Tracer {
             let mut undecodable = 0;
             // Where waiting ends and work begins.
             let begun;
+            let next_child = self.next_child();
             tokio::select! {
                 drained = self.ring.drain(DRAIN_LIMIT, |record| match decode(record) {
                     Ok(sample) => batch.push(sample),
@@ -442,6 +452,10 @@ impl Tracer {
                 () = reached(self.publish_at) => {
                     begun = Instant::now();
                     self.publish_ready();
+                }
+                () = reached(next_child) => {
+                    begun = Instant::now();
+                    self.take_on_children();
                 }
                 () = flush_log(&mut self.log) => begun = Instant::now(),
                 _ = tick.tick() => {
@@ -492,6 +506,13 @@ impl Tracer {
             Command::Swept(swept) => self.swept(&swept),
             Command::Considered(considered) => self.considered(considered),
             Command::Unshared => self.unshared(),
+            Command::ChildScanned {
+                pid,
+                serial,
+                result,
+            } => self.child_scanned(pid, serial, result),
+            Command::Parents(parents) => self.parents_looked(&parents),
+            Command::ChildrenSettled { reply } => self.when_settled(reply),
             Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
             Command::Looked(looked) => self.looked(looked),
             Command::GoAttach { pid, runs, result } => self.go_taken_on(pid, runs, result),
@@ -543,6 +564,7 @@ impl Tracer {
         self.refill();
         self.give_shards_back();
         self.look_after_all(slow);
+        self.look_after_children(slow);
         if slow {
             self.scanner.forget_files(HOLD_FILES);
             self.forget_kept();

@@ -58,7 +58,7 @@ impl Tracer {
             probe.sites.extend(target.sites.iter().cloned());
             let losses = self.losses(target.slot);
             for image in &target.images {
-                if basis.is_over(image) {
+                if basis.is_over(image) || image.is_unseen {
                     continue;
                 }
                 let stacks = snapshot.remove(&image.id).unwrap_or_default();
@@ -68,6 +68,7 @@ impl Tracer {
                 let is_read = go.is_some();
                 images.extend(go.map(|go| ImageCapture {
                     inherited: None,
+                    child_of: image.child_of,
                     info: image.info.clone(),
                     exited: image.ended(),
                     engine: Engine::GoRuntime,
@@ -102,6 +103,7 @@ impl Tracer {
                         .map(str::to_owned),
                     traced: basis.traced(image),
                     inherited: image.inherited,
+                    child_of: image.child_of,
                     totals: basis
                         .totals(image, image.totals.exact())
                         .filter(|_| !is_only_go),
@@ -156,6 +158,12 @@ impl Tracer {
             undecodable_events: self.undecodable_events,
             lost_mapping_events: self.mmap_events.lost(),
             traces_all: self.system.is_some(),
+            follows_children: self.family.is_some(),
+            children: self
+                .family
+                .as_ref()
+                .map(|family| family.tally)
+                .unwrap_or_default(),
             free_slots: self.slots.free(),
             unclaimed_calls: self.slots.unclaimed_calls(),
             forgotten_processes: self.forgotten_targets,
@@ -180,6 +188,7 @@ impl Tracer {
                         images: target
                             .images
                             .iter()
+                            .filter(|image| !image.is_unseen)
                             .map(|image| {
                                 let tally = self.ledger.tally(image.id);
                                 ImageStats::new(
@@ -202,7 +211,7 @@ impl Tracer {
     /// The targets that others are told of.
     fn shown(&self) -> impl Iterator<Item = (&u32, &Target)> {
         let targets = self.targets.iter();
-        targets.filter(|(_, target)| !target.is_unwanted)
+        targets.filter(|(_, target)| !target.is_unwanted && !target.is_untraced_child())
     }
 
     fn facts_of(&self, pid: u32, target: &Target) -> ProcessFacts {
@@ -217,6 +226,7 @@ impl Tracer {
             engine: engine.name(),
             engine_reason: engine.reason().map(str::to_owned),
             go: image.and_then(|image| Some(image.go.as_ref()?.status(image.until()))),
+            child_of: target.child.map(|child| child.parent),
             cost: cost_of(target),
             books: self.books_of(target),
         }

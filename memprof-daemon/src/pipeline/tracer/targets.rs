@@ -98,6 +98,11 @@ impl Tracer {
         {
             system.let_go.insert(pid, LetGo::of(&image.info));
         }
+        if self.targets.get(&pid).is_some_and(Target::is_live)
+            && let Some(family) = &mut self.family
+        {
+            family.let_go(pid);
+        }
         self.detach(pid, reply);
     }
 
