@@ -1,6 +1,6 @@
 //! Children of the processes that somebody has named, where those are followed.
 //!
-//! Who they are, the kernel's records about forks tell, of all processes ([`Family`] picks
+//! Who they are, the kernel's records about forks tell, of all processes (`family` picks
 //! those that matter), and a look through `/proc` those that were there before. A child is
 //! told to BPF before it is read: so each program that it goes over to from then on is told,
 //! too, and a child may be taken on at any moment of its life, also before it has mapped an
