@@ -165,8 +165,9 @@ KEEP void forked_with_words(void)
 /* Over what calls have left below the stack pointer. */
 KEEP void wipe(void)
 {
-        volatile char room[65536];
-        memset((char *)room, 0, sizeof room);
+        char room[65536];
+        memset(room, 0, sizeof room);
+        ESCAPE(room);
 }
 
 static sigset_t signals;

@@ -19,7 +19,7 @@ use crate::{
         install::Holder,
         scan::{Scanner, Wish},
         sweep::Swept,
-        target::{Attached, TargetError},
+        target::{Attached, Target, TargetError},
     },
     probe::{find::FindError, mode::ModeChoice},
     process::info::{ProcessError, ProcessInfo},
@@ -155,17 +155,23 @@ impl Tracer {
             Ok(_) => self.leave_if_left_out(pid),
             // It is tried again at the next look through all, and counts once.
             Err(TargetError::TooMany(_)) if !system.go.no_room.insert(pid) => {}
-            Err(error) if is_missed(&error) => self.miss_go(pid),
+            // It has turned up by itself meanwhile, and is read as such, if there is time.
+            Err(TargetError::Already(_)) => {
+                let target = self.targets.get_mut(&pid);
+                match target.filter(|it| it.is_live()).and_then(Target::current) {
+                    Some(image) => image.maps_go = true,
+                    None => self.miss_go(pid),
+                }
+            }
+            // What cannot be read of one that is gone may be told in many ways.
+            Err(error) if is_missed(&error) || Scanner::info(pid).is_none() => self.miss_go(pid),
             Err(error) => {
                 debug!(
                     pid,
                     error = with_causes(&error),
                     "a Go program is not traced"
                 );
-                // One that has turned up by itself is read as such.
-                if !matches!(error, TargetError::Already(_)) {
-                    system.go.refused.insert(pid, runs);
-                }
+                system.go.refused.insert(pid, runs);
             }
         }
         self.tell_started();
