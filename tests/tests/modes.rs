@@ -1,6 +1,15 @@
 //! Ways to attach, and processes that they could harm or lose.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use memprof_tests::{End, Record, Running, TempDir, memprof::memprof, target};
+
+/// One at a time: when a test takes its uprobes off, the kernel takes away those of a process
+/// whose first thread has ended, too (docs/probes.md).
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The modes that the running kernel has, as `memprof check` says.
 fn modes() -> Vec<String> {
@@ -22,6 +31,7 @@ fn modes() -> Vec<String> {
 /// says; that the best is used if none is; and that another word is refused.
 #[test]
 fn forced_modes() {
+    let _alone = alone();
     let modes = modes();
     assert!(modes.contains(&"perf".to_owned()), "{modes:?}");
     let dir = TempDir::new("modes");
@@ -46,6 +56,7 @@ fn forced_modes() {
 /// and lives, in its every call (this kernel lets return probes pass).
 #[test]
 fn confined_process_lives() {
+    let _alone = alone();
     let dir = TempDir::new("modes");
     let mut confined = target("confined.c").command(&["1000", "777"]);
     let recorded = Record::every_allocation(&dir).attach(&mut confined, End::TargetExits);
@@ -61,6 +72,7 @@ fn confined_process_lives() {
 /// memprof says so.
 #[test]
 fn first_thread_ends() {
+    let _alone = alone();
     let dir = TempDir::new("modes");
     let mut leader = target("leader.c").command(&["500", "64"]);
     let recorded = Record::every_allocation(&dir).attach(&mut leader, End::Interrupt);

@@ -67,7 +67,9 @@ impl Programs {
         let mut command = match self.started % 8 {
             1 => shell("ls / | sort > /dev/null"),
             3 => {
-                let mut command = Command::new("python3");
+                // The program itself: what chooses among versions of it can be a script that
+                // starts fifty others.
+                let mut command = Command::new("/usr/bin/python3");
                 command.args(["-S", "-c", "x = [bytes(1000) for i in range(3000)]"]);
                 command
             }
