@@ -27,6 +27,9 @@ use crate::{
 /// Caches that were dropped are full again when somebody asks for a profile: not more often.
 const DROP_CACHES_EVERY: Duration = Duration::from_secs(10);
 
+/// How often free memory is given back, however little is taken.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(30);
+
 /// The memory that is taken, and what has been done to keep it below the limit.
 #[derive(Debug)]
 pub(super) struct Memory {
@@ -36,7 +39,9 @@ pub(super) struct Memory {
     /// How many profiles there is memory for at a time.
     profiles: Arc<AtomicUsize>,
     caches_dropped: Option<Instant>,
-    /// Free memory is being given back, elsewhere.
+    /// When free memory was last given back.
+    given_back: Instant,
+    /// It is being given back, elsewhere.
     is_giving_back: Arc<AtomicBool>,
     cache_drops: u64,
     forgotten_early: u64,
@@ -55,6 +60,7 @@ impl Memory {
             orders: Orders::default(),
             profiles: Arc::new(AtomicUsize::new(usize::MAX)),
             caches_dropped: None,
+            given_back: Instant::now(),
             is_giving_back: Arc::default(),
             cache_drops: 0,
             forgotten_early: 0,
@@ -86,7 +92,8 @@ impl Memory {
     }
 
     /// Has the C library give back what is free, where it may take its time.
-    fn give_back_free(&self) {
+    fn give_back_free(&mut self) {
+        self.given_back = Instant::now();
         let is_under_way = Arc::clone(&self.is_giving_back);
         if !is_under_way.swap(true, Ordering::Relaxed) {
             tokio::task::spawn_blocking(move || {
@@ -115,6 +122,9 @@ impl Tracer {
             self.give_memory_back();
         } else if orders.forgets_ended {
             self.forget_some_ended();
+        }
+        if self.memory.given_back.elapsed() >= GIVE_BACK_EVERY {
+            self.memory.give_back_free();
         }
         if !self.ledger.has_room_for_stacks() {
             self.memory

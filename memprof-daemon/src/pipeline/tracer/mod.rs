@@ -88,7 +88,6 @@ use crate::{
     filter::Filters,
     ledger::Ledger,
     probe::{
-        heap::give_back_holes,
         live_map::LiveMap,
         loader::{self, LoadError, LoadOptions},
         mode::{ModeChoice, ProbeMode},
@@ -186,9 +185,6 @@ const HOLD_FILES: Duration = Duration::from_secs(10);
 /// How often what nobody announces is looked after: new mappings, lost events.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often free memory is given back.
-const GIVE_BACK_EVERY: Duration = Duration::from_secs(30);
-
 /// How many ticks pass between rounds of what costs more: sweeps, and readings
 /// of the targets' memory.
 const SLOW_TICKS: u32 = 10;
@@ -247,8 +243,6 @@ pub struct Tracer {
     commands: mpsc::Receiver<Command>,
     live: watch::Sender<usize>,
     started: Instant,
-    /// When free memory was last given back.
-    given_back: Instant,
     /// The last sweep could not settle everything.
     sweep_again: bool,
     sweeps: u64,
@@ -380,7 +374,6 @@ impl Tracer {
             commands,
             live,
             started: Instant::now(),
-            given_back: Instant::now(),
             sweep_again: false,
             sweeps: 0,
             failed_sweeps: 0,
@@ -573,10 +566,6 @@ impl Tracer {
             self.sweep_if_lossy();
             self.refresh_memory_in_turn();
             self.read_go_in_turn();
-            if self.given_back.elapsed() >= GIVE_BACK_EVERY {
-                self.given_back = Instant::now();
-                tokio::task::spawn_blocking(give_back_holes);
-            }
         }
     }
 
