@@ -156,32 +156,24 @@ impl Batch {
 /// it back, to when it ended, both to a millisecond.
 fn time_of_child(parent: u32) -> Result<Duration> {
     let deadline = Instant::now() + LONG_LIMIT;
-    let parent_exe = fs::read_link(format!("/proc/{parent}/exe"))?;
     let mut started = None;
     let mut child = None;
-    // Held once, and let go: from then on nothing but its end is looked for. Each look takes
-    // time from the program, and it runs without one by itself.
+    // Once it is let go nothing but its end is looked for. Each look takes time from the
+    // program, and it runs without one by itself.
     let mut is_let_go = false;
-    let mut was_held = false;
     while Instant::now() < deadline {
         child = child.or_else(|| child_of(parent));
         if let Some(pid) = child {
             let now = Instant::now();
-            match state(pid) {
-                None | Some('Z') => {
-                    let started = started.context("its start was missed")?;
-                    return Ok(now - started);
+            if matches!(state(pid), None | Some('Z')) {
+                let started = started.context("its start was missed")?;
+                return Ok(now - started);
+            }
+            if !is_let_go {
+                if is_traced(pid) {
+                    started = Some(now);
                 }
-                Some(_) if is_let_go => {}
-                Some(_) => {
-                    let exe = fs::read_link(format!("/proc/{pid}/exe"));
-                    let is_held = is_held(pid);
-                    if is_held || exe.is_ok_and(|exe| exe == parent_exe) {
-                        started = Some(now);
-                    }
-                    is_let_go = was_held && !is_held;
-                    was_held |= is_held;
-                }
+                is_let_go = started.is_some_and(|started| started != now);
             }
         }
         thread::sleep(Duration::from_millis(1));
@@ -198,11 +190,14 @@ fn child_of(parent: u32) -> Option<u32> {
     })
 }
 
-/// Whether memprof holds a child in the call that sets up its main thread,
-/// `arch_prctl` or `set_tid_address` by their numbers on x86-64.
-fn is_held(pid: u32) -> bool {
-    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-    matches!(call.split_whitespace().next(), Some("158" | "218"))
+/// Whether a process is held by a tracer, as one is that memprof starts, from its first
+/// instruction until it is on it.
+fn is_traced(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let tracer = status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"));
+    tracer.is_some_and(|tracer| tracer.trim() != "0")
 }
 
 /// The state of a process, a letter of proc_pid_stat(5).
@@ -311,7 +306,7 @@ fn seconds(csv: &str, requests: u32) -> Result<Duration> {
 }
 
 fn sqlite(context: &Context) -> Result<Candidate> {
-    let rows: u32 = context.pick(150_000, 40_000);
+    let rows: u32 = context.pick(400_000, 40_000);
     let sql = context.file("index.sql");
     fs::write(
         &sql,
