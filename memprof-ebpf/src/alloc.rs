@@ -1,6 +1,6 @@
 //! An allocating call: the decision at entry, the sample at return.
 
-use core::hint::black_box;
+use core::{ffi::c_void, hint::black_box};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -170,20 +170,27 @@ pub(crate) struct SampledBlock {
     pub(crate) reserved: u32,
 }
 
-/// At return: the block's address is known, and the stack is the caller's.
+/// At return: the block's address is known, and the stack is the caller's. With
+/// `BY_TAIL_CALLS` on kernels without `bpf_loop`.
 #[inline(always)]
-pub(crate) fn on_return(ctx: &RetProbeContext, hit: &Hit) {
+pub(crate) fn on_return<const BY_TAIL_CALLS: bool>(ctx: &RetProbeContext, hit: &Hit) {
     if let Some(block) = settle(ctx, hit) {
-        let stack = stack::capture(ctx.as_ptr(), &Start::at_return(ctx), hit);
-        keep(hit, &block, stack);
+        capture::<BY_TAIL_CALLS>(ctx.as_ptr(), &Start::at_return(ctx), hit, &block);
     }
 }
 
-/// As [`on_return`], by tail calls.
+/// Captures the stack of a block that is sampled, and keeps both.
 #[inline(always)]
-pub(crate) fn on_return_by_tail_calls(ctx: &RetProbeContext, hit: &Hit) {
-    if let Some(block) = settle(ctx, hit) {
-        tail_calls::begin(ctx.as_ptr(), &Start::at_return(ctx), hit, &block);
+pub(crate) fn capture<const BY_TAIL_CALLS: bool>(
+    ctx: *mut c_void,
+    start: &Start,
+    hit: &Hit,
+    block: &SampledBlock,
+) {
+    if BY_TAIL_CALLS {
+        tail_calls::begin(ctx, start, hit, block);
+    } else {
+        keep(hit, block, stack::capture(ctx, start, hit));
     }
 }
 

@@ -66,7 +66,7 @@ pub extern "C" fn alloc_entry(ctx: *mut c_void) -> u32 {
 #[unsafe(link_section = "uretprobe")]
 pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
     if let Some(hit) = Hit::new(ctx) {
-        alloc::on_return(&RetProbeContext::new(ctx), &hit);
+        alloc::on_return::<false>(&RetProbeContext::new(ctx), &hit);
     }
     0
 }
@@ -76,7 +76,7 @@ pub extern "C" fn alloc_return(ctx: *mut c_void) -> u32 {
 #[unsafe(link_section = "uretprobe")]
 pub extern "C" fn alloc_return_tail(ctx: *mut c_void) -> u32 {
     if let Some(hit) = Hit::new(ctx) {
-        alloc::on_return_by_tail_calls(&RetProbeContext::new(ctx), &hit);
+        alloc::on_return::<true>(&RetProbeContext::new(ctx), &hit);
     }
     0
 }
@@ -106,7 +106,7 @@ pub extern "C" fn alloc_session(ctx: *mut c_void) -> u32 {
             Return::NotNeeded => 1,
         };
     }
-    alloc::on_return(&RetProbeContext::new(ctx), &hit);
+    alloc::on_return::<false>(&RetProbeContext::new(ctx), &hit);
     0
 }
 

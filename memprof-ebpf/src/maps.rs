@@ -17,11 +17,12 @@ use memprof_common::{
     occupancy::Occupancy,
     stack::{StackKey, StackRecord},
     totals::{TOTALS_ENTRIES, TargetTotals},
+    unwind::cache::RuleCache,
 };
 
 use crate::{
     in_flight::{InFlightCall, TakenBlock},
-    stack::Scratch,
+    stack::{BUFFERS, Scratch},
 };
 
 /// Events for the daemon.
@@ -95,6 +96,10 @@ pub(crate) static STACKS: HashMap<StackKey, StackRecord> =
 /// Where stacks are captured before they have a name.
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// What walks have found last in the arena, for each buffer of `SCRATCH`.
+#[map]
+pub(crate) static RULES: PerCpuArray<RuleCache> = PerCpuArray::with_max_entries(BUFFERS as u32, 0);
 
 /// The program that goes on with a walk, for kernels where tail calls walk.
 #[map]

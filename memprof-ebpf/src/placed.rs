@@ -27,8 +27,8 @@ use crate::{
     hit::Hit,
     in_flight::{self, CALL_NESTS, CALL_PLACE_SHIFT, CALL_PLACED, InFlightCall},
     live,
-    stack::{self, Start},
-    tail_calls, totals,
+    stack::Start,
+    totals,
 };
 
 const POOL: u8 = Function::Pool as u8;
@@ -154,12 +154,7 @@ pub(crate) fn on_return<const BY_TAIL_CALLS: bool>(ctx: &ProbeContext, hit: &Hit
         leaf: leaf(&call),
     };
     if let Some(block) = settle(hit, &call, result) {
-        if BY_TAIL_CALLS {
-            tail_calls::begin(ctx.as_ptr(), &start, hit, &block);
-        } else {
-            let stack = stack::capture(ctx.as_ptr(), &start, hit);
-            alloc::keep(hit, &block, stack);
-        }
+        alloc::capture::<BY_TAIL_CALLS>(ctx.as_ptr(), &start, hit, &block);
     }
 }
 
@@ -178,12 +173,7 @@ pub(crate) fn on_exit<const BY_TAIL_CALLS: bool>(ctx: &RetProbeContext, hit: &Hi
         ..Start::at_return(ctx)
     };
     if let Some(block) = settle(hit, &call, ctx.ret()) {
-        if BY_TAIL_CALLS {
-            tail_calls::begin(ctx.as_ptr(), &start, hit, &block);
-        } else {
-            let stack = stack::capture(ctx.as_ptr(), &start, hit);
-            alloc::keep(hit, &block, stack);
-        }
+        alloc::capture::<BY_TAIL_CALLS>(ctx.as_ptr(), &start, hit, &block);
     }
 }
 

@@ -25,8 +25,7 @@ use crate::{
     hit::Hit,
     in_flight::{self, TakenBlock, current_thread},
     live,
-    stack::{self, Start},
-    tail_calls,
+    stack::Start,
 };
 
 const ALLOC: u8 = SiteKind::Alloc as u8;
@@ -46,12 +45,7 @@ pub(crate) fn pass<const BY_TAIL_CALLS: bool>(ctx: *mut c_void) {
             let Some((block, start)) = sampled(ctx, &hit) else {
                 return;
             };
-            if BY_TAIL_CALLS {
-                tail_calls::begin(ctx.as_ptr(), &start, &hit, &block);
-            } else {
-                let stack = stack::capture(ctx.as_ptr(), &start, &hit);
-                alloc::keep(&hit, &block, stack);
-            }
+            alloc::capture::<BY_TAIL_CALLS>(ctx.as_ptr(), &start, &hit, &block);
         }
         FREE => {
             let _ = live::remove(hit.slot, &hit.live_key(argument(ctx)));

@@ -11,14 +11,17 @@ use memprof_common::{
     counters::DropReason,
     limits::MAX_STACK_DEPTH,
     stack::{StackHasher, StackKey, StackRecord},
-    unwind::walk::{END_MASK, StackEnd},
+    unwind::{
+        cache::RuleCache,
+        walk::{END_MASK, StackEnd},
+    },
 };
 
 use crate::{
     atomic,
     counters::count,
     hit::Hit,
-    maps::{SCRATCH, STACKS},
+    maps::{RULES, SCRATCH, STACKS},
     stack_copy,
     tail_calls::Turn,
     unwind::{self, Walking},
@@ -55,7 +58,7 @@ impl Start {
 
 /// How many tasks can capture a stack on one CPU at the same time, each but the
 /// last preempted in the middle.
-const BUFFERS: usize = 4;
+pub(crate) const BUFFERS: usize = 4;
 
 /// Buffers too large for the BPF stack (512 bytes). A task claims one by an
 /// atomic exchange, so that a task that preempts it takes another.
@@ -146,6 +149,12 @@ impl Buffer {
         }
     }
 
+    /// The rules that walks in this buffer have found. It is there.
+    #[inline(always)]
+    fn rules(&mut self) -> Option<*mut RuleCache> {
+        RULES.get_ptr_mut(self.index as u32)
+    }
+
     /// Gives it back.
     #[inline(always)]
     pub(crate) fn release(self) {
@@ -162,11 +171,12 @@ pub(crate) fn capture(ctx: *mut c_void, start: &Start, hit: &Hit) -> StackKey {
         count(hit.slot, DropReason::ScratchBusy);
         return StackKey::UNKNOWN;
     };
+    let rules = buffer.rules();
     let (walking, record) = buffer.walk();
     let key = if !unwind::is_possible() || is_kernels(hit) {
         ask_kernel(ctx, start, hit.target, record)
     } else {
-        Some(unwind::walk(start, hit, walking, record))
+        rules.map(|rules| unwind::walk(start, hit, walking, record, rules))
     };
     let key = remember(start, hit, record, key);
     buffer.release();

@@ -11,6 +11,8 @@ use memprof_common::{
     limits::MAX_STACK_DEPTH,
     stack::{StackHasher, StackKey, StackRecord},
     unwind::{
+        cache::{RuleCache, Source},
+        rule::Rule,
         table::{MappingList, SLAB_SHIFT, SLAB_WORDS},
         walk::{END_MASK, Memory, StackEnd, Walk},
     },
@@ -48,6 +50,51 @@ impl Memory for Current {
     fn single(&self, address: u64) -> Option<u64> {
         // SAFETY: as above.
         unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+    }
+
+    #[inline(always)]
+    fn recall(&self, _pc: u64) -> Rule {
+        Rule::NONE
+    }
+
+    #[inline(always)]
+    fn remember(&self, _pc: u64, _rule: Rule) {}
+}
+
+/// The same, and what other walks have found. Not for walks by tail calls: of each frame the
+/// verifier would see twice as much.
+struct Cached {
+    /// Of the buffer that the walk is in, and so nobody else's meanwhile.
+    rules: *mut RuleCache,
+    source: Source,
+}
+
+impl Memory for Cached {
+    #[inline(always)]
+    fn word(&self, place: u32) -> Option<u64> {
+        Current.word(place)
+    }
+
+    #[inline(always)]
+    fn pair(&self, address: u64) -> Option<[u64; 2]> {
+        Current.pair(address)
+    }
+
+    #[inline(always)]
+    fn single(&self, address: u64) -> Option<u64> {
+        Current.single(address)
+    }
+
+    #[inline(always)]
+    fn recall(&self, pc: u64) -> Rule {
+        // SAFETY: a map value.
+        unsafe { (*self.rules).recall(self.source, pc) }
+    }
+
+    #[inline(always)]
+    fn remember(&self, pc: u64, rule: Rule) {
+        // SAFETY: as above; the buffer is ours.
+        unsafe { (*self.rules).remember(self.source, pc, rule) };
     }
 }
 
@@ -93,6 +140,7 @@ pub(crate) struct Plan {
 struct Steps {
     walking: *mut Walking,
     record: *mut StackRecord,
+    rules: *mut RuleCache,
     plan: Plan,
 }
 
@@ -103,11 +151,13 @@ pub(crate) fn walk(
     hit: &Hit,
     walking: &mut Walking,
     record: &mut StackRecord,
+    rules: *mut RuleCache,
 ) -> StackKey {
     let plan = begin(start, hit, walking, record);
     let mut steps = Steps {
         walking,
         record,
+        rules,
         plan,
     };
     // SAFETY: the callback takes what it is given here.
@@ -163,18 +213,37 @@ pub(crate) fn begin(
 /// One frame; not 0 ends the loop.
 unsafe extern "C" fn loop_step(_index: u32, steps: *mut Steps) -> u64 {
     // SAFETY: `walk` gives what nobody else uses meanwhile.
-    let (walking, record, plan) = unsafe {
+    let (walking, record, rules, plan) = unsafe {
         let steps = &*steps;
-        (&mut *steps.walking, &mut *steps.record, &steps.plan)
+        (
+            &mut *steps.walking,
+            &mut *steps.record,
+            steps.rules,
+            &steps.plan,
+        )
     };
-    u64::from(!step(walking, record, plan))
+    let memory = Cached {
+        rules,
+        source: Source::new(plan.mappings, plan.reuses),
+    };
+    u64::from(!step_by(&memory, walking, record, plan))
 }
 
 /// One frame. False if it was the last.
 #[inline(always)]
 pub(crate) fn step(walking: &mut Walking, record: &mut StackRecord, plan: &Plan) -> bool {
+    step_by(&Current, walking, record, plan)
+}
+
+#[inline(always)]
+fn step_by(
+    memory: &impl Memory,
+    walking: &mut Walking,
+    record: &mut StackRecord,
+    plan: &Plan,
+) -> bool {
     let walk = &mut walking.walk;
-    if !walk.frame(&Current, plan.mappings, plan.most) {
+    if !walk.frame(memory, plan.mappings, plan.most) {
         return false;
     }
     let index = walk.depth as usize;
@@ -183,7 +252,7 @@ pub(crate) fn step(walking: &mut Walking, record: &mut StackRecord, plan: &Plan)
     }
     record.frames[index] = walk.ip;
     walking.hasher.push(walk.ip);
-    walk.next(&Current, plan.mappings, plan.frame_pointers != 0)
+    walk.next(memory, plan.mappings, plan.frame_pointers != 0)
 }
 
 /// The walk is over: completes `record`, and returns its name.

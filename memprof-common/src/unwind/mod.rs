@@ -9,9 +9,12 @@
 //! - its *wide rules*, for what does not fit a row;
 //! - the *mappings* of a process, sorted: which addresses belong to which module.
 //!
+//! What was found there is kept in a [`cache`], for the next walk.
+//!
 //! [`walk`] is the same code in BPF and in tests: it sees the arena and the target's
 //! memory through [`walk::Memory`].
 
+pub mod cache;
 mod frame_pointer;
 pub mod rule;
 mod search;

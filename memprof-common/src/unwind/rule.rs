@@ -14,7 +14,7 @@
 /// ```
 ///
 /// Of [`RuleKind::Wide`] all but the kind is the index of the wide rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]
 pub struct Rule(pub u32);
 

@@ -19,6 +19,10 @@ pub trait Memory {
     fn pair(&self, address: u64) -> Option<[u64; 2]>;
     /// One word of the target's memory; none if it cannot be read.
     fn single(&self, address: u64) -> Option<u64>;
+    /// The rule that another walk has found for `pc`; [`Rule::NONE`] if that is not known.
+    fn recall(&self, pc: u64) -> Rule;
+    /// Keeps the rule that was found for `pc`.
+    fn remember(&self, pc: u64, rule: Rule);
 }
 
 macro_rules! stack_ends {
@@ -126,7 +130,8 @@ pub struct Walk {
     pub stopped: u32,
     /// Frames found.
     pub depth: u32,
-    reserved: u32,
+    /// This frame's rule, if it was recalled; otherwise it is to be found, by the mapping.
+    rule: Rule,
 }
 
 /// Has what is known of a walk written to memory, and read back: the verifier forgets
@@ -210,7 +215,14 @@ impl Walk {
     /// [`Self::next`] is the step to its caller. Otherwise `stopped` says why not.
     #[inline(always)]
     pub fn frame(&mut self, memory: &impl Memory, mappings: MappingList, most: u32) -> bool {
-        if let Err(why) = self.locate(memory, mappings) {
+        self.rule = Rule::NONE;
+        // What a frame pointer leads to is no frame before it is known which code it is in.
+        if self.by_frame_pointer == 0 {
+            self.rule = memory.recall(self.ip.wrapping_sub(1));
+        }
+        if self.rule.0 == Rule::NONE.0
+            && let Err(why) = self.locate(memory, mappings)
+        {
             self.stopped = why as u32;
             return false;
         }
@@ -239,7 +251,7 @@ impl Walk {
         }
     }
 
-    /// From this frame, which was located, to its caller.
+    /// From this frame, which was located or whose rule is known, to its caller.
     #[inline(always)]
     fn advance(
         &mut self,
@@ -248,9 +260,12 @@ impl Walk {
         frame_pointers: bool,
     ) -> Result<(), StackEnd> {
         let pc = self.ip.wrapping_sub(1);
-        let mut rule = Rule::NONE;
-        if self.kind == MappingKind::Table as u32 {
+        let mut rule = self.rule;
+        if rule.0 != Rule::NONE.0 {
+            // Recalled.
+        } else if self.kind == MappingKind::Table as u32 {
             rule = self.find_rule(memory, pc);
+            memory.remember(pc, rule);
         } else if self.kind == MappingKind::ReturnProbe as u32 {
             return Err(StackEnd::ReturnProbe);
         } else if self.kind != MappingKind::FramePointers as u32 {

@@ -1,9 +1,13 @@
 extern crate std;
 
-use std::{collections::BTreeMap, vec, vec::Vec};
+use core::cell::RefCell;
+use std::{boxed::Box, collections::BTreeMap, vec, vec::Vec};
 
 use super::*;
-use crate::unwind::table::{page, row};
+use crate::unwind::{
+    cache::{RuleCache, Source},
+    table::{page, row},
+};
 
 /// An arena and a target's memory. Reading beyond either fails.
 #[derive(Default)]
@@ -23,6 +27,41 @@ impl Memory for Fake {
 
     fn single(&self, address: u64) -> Option<u64> {
         self.memory.get(&address).copied()
+    }
+
+    fn recall(&self, _pc: u64) -> Rule {
+        Rule::NONE
+    }
+
+    fn remember(&self, _pc: u64, _rule: Rule) {}
+}
+
+/// The same, with the rules of other walks.
+struct Cached<'a> {
+    fake: &'a Fake,
+    rules: RefCell<Box<RuleCache>>,
+    source: Source,
+}
+
+impl Memory for Cached<'_> {
+    fn word(&self, place: u32) -> Option<u64> {
+        self.fake.word(place)
+    }
+
+    fn pair(&self, address: u64) -> Option<[u64; 2]> {
+        self.fake.pair(address)
+    }
+
+    fn single(&self, address: u64) -> Option<u64> {
+        self.fake.single(address)
+    }
+
+    fn recall(&self, pc: u64) -> Rule {
+        self.rules.borrow().recall(self.source, pc)
+    }
+
+    fn remember(&self, pc: u64, rule: Rule) {
+        self.rules.borrow_mut().remember(self.source, pc, rule);
     }
 }
 
@@ -74,8 +113,26 @@ fn fake(rows: &[(u32, Rule)], wide: &[WideRule]) -> (Fake, MappingList) {
     (fake, MappingList::new(first, list.len() as u32))
 }
 
-/// Walks from `ip`; the frames and the end.
+/// Walks from `ip`; the frames and the end. By rules that another walk has found it is the
+/// same walk.
 fn walk(fake: &Fake, list: MappingList, ip: u64, bp: u64) -> (Vec<u64>, u32) {
+    let found = walk_by(fake, list, ip, bp);
+    let cached = Cached {
+        fake,
+        rules: RefCell::new(Box::new(RuleCache::EMPTY)),
+        source: Source::new(list, 0),
+    };
+    for _ in 0..2 {
+        assert_eq!(
+            walk_by(&cached, list, ip, bp),
+            found,
+            "by rules that were kept"
+        );
+    }
+    found
+}
+
+fn walk_by(fake: &impl Memory, list: MappingList, ip: u64, bp: u64) -> (Vec<u64>, u32) {
     let mut walk = Walk::default();
     walk.begin(ip, STACK, bp);
     let mut frames = Vec::new();

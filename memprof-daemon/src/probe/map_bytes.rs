@@ -12,7 +12,7 @@ use memprof_common::{
     occupancy::Occupancy,
     stack::{StackKey, StackRecord},
     totals::{TOTALS_ENTRIES, TargetTotals},
-    unwind::table::MAX_SLABS,
+    unwind::{cache::RuleCache, table::MAX_SLABS},
 };
 
 /// `struct htab_elem`, with the words that a lock and alignment add (kernel/bpf/hashtab.c).
@@ -34,6 +34,10 @@ const TAKEN_BYTES: u64 = (size_of::<LiveKey>() + size_of::<LiveValue>()) as u64;
 /// The most that a value of a per-CPU array can be (`PCPU_MIN_UNIT_SIZE` in
 /// include/linux/percpu.h): where stacks are captured.
 const SCRATCH_BYTES: u64 = 32 << 10;
+
+/// What stacks are walked with there: of each of the four buffers
+/// (`memprof-ebpf/src/stack.rs`).
+const RULES_BYTES: u64 = 4 * size_of::<RuleCache>() as u64;
 
 /// A hash table whose elements are allocated as they come.
 fn growing(entries: u32, key: usize, value: usize) -> u64 {
@@ -111,7 +115,7 @@ pub fn others(cpus: u64, traces_all: bool) -> u64 {
         + arena
         + small
         + size_of::<Occupancy>() as u64
-        + cpus * (counters + totals + SCRATCH_BYTES)
+        + cpus * (counters + totals + SCRATCH_BYTES + RULES_BYTES)
 }
 
 #[cfg(test)]
@@ -134,7 +138,7 @@ mod tests {
     #[test]
     fn grows_with_the_host() {
         let step = others(3, false) - others(2, false);
-        assert_eq!(step, 1024 * 192 + 2048 * 384 + (32 << 10));
+        assert_eq!(step, 1024 * 192 + 2048 * 384 + (32 << 10) + 4 * 512 * 32);
         assert!(others(2, true) > others(2, false) + (5 << 20));
     }
 }

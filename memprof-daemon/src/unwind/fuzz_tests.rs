@@ -3,6 +3,7 @@
 //! how long, a second otherwise; `cargo xtask fuzz` has it run longer.
 
 use std::{
+    cell::{Cell, RefCell},
     fs::File,
     time::{Duration, Instant},
 };
@@ -10,6 +11,7 @@ use std::{
 use memprof_common::{
     limits::MAX_STACK_DEPTH,
     unwind::{
+        cache::{RuleCache, Source},
         rule::Rule,
         table::{MappingEntry, MappingKind, MappingList, row},
         walk::{END_MASK, Memory, StackEnd, Walk},
@@ -231,7 +233,10 @@ struct Hostile {
     seed: u64,
     /// Every word is an address of code.
     is_sane: bool,
-    reads: std::cell::Cell<u64>,
+    reads: Cell<u64>,
+    rules: RefCell<Box<RuleCache>>,
+    /// What rules are kept by, if they are.
+    source: Option<Source>,
 }
 
 const CODE: u64 = 0x40_0000;
@@ -264,19 +269,58 @@ impl Memory for Hostile {
             _ => Some(CODE + random.below(0x10_0000) as u64),
         }
     }
+
+    fn recall(&self, pc: u64) -> Rule {
+        let recall = |source| self.rules.borrow().recall(source, pc);
+        self.source.map_or(Rule::NONE, recall)
+    }
+
+    fn remember(&self, pc: u64, rule: Rule) {
+        if let Some(source) = self.source {
+            self.rules.borrow_mut().remember(source, pc, rule);
+        }
+    }
 }
 
-fn walk(memory: &Hostile, list: MappingList, random: &mut Random) -> u32 {
-    let ip = match random.below(4) {
-        0 => random.0,
-        _ => CODE + random.below(0x10_0000) as u64,
-    };
+/// Where a walk begins, and the steps at which frame pointers may be used.
+struct Beginning {
+    ip: u64,
+    bp: u64,
+    frame_pointers: u64,
+}
+
+impl Beginning {
+    fn any(random: &mut Random) -> Self {
+        let ip = match random.below(4) {
+            0 => random.0,
+            _ => CODE + random.below(0x10_0000) as u64,
+        };
+        let bp = STACK + random.below(4096) as u64;
+        random.below(2);
+        Self {
+            ip,
+            bp,
+            frame_pointers: random.0,
+        }
+    }
+}
+
+/// The frames of a walk, the last of which is 0, and its end.
+fn walk(
+    memory: &Hostile,
+    list: MappingList,
+    from: &Beginning,
+) -> ([u64; MAX_STACK_DEPTH + 1], u32) {
     let mut walk = Walk::default();
-    walk.begin(ip, STACK, STACK + random.below(4096) as u64);
+    walk.begin(from.ip, STACK, from.bp);
+    let mut frames = [0; MAX_STACK_DEPTH + 1];
     let mut steps = 0;
+    memory.reads.set(0);
     while walk.frame(memory, list, MAX_STACK_DEPTH as u32) {
+        frames[steps] = walk.ip;
         steps += 1;
-        if !walk.next(memory, list, random.below(4) > 0) {
+        let draw = from.frame_pointers.rotate_left(2 * steps as u32);
+        if !walk.next(memory, list, draw & 3 > 0) {
             break;
         }
     }
@@ -287,12 +331,13 @@ fn walk(memory: &Hostile, list: MappingList, random: &mut Random) -> u32 {
     // Two searches and a few words a step, and the one that finds no frame.
     let most = (steps as u64 + 1) * 64;
     assert!(memory.reads.get() <= most, "{} reads", memory.reads.get());
-    end & END_MASK
+    (frames, end)
 }
 
 /// Check walks by good tables, by damaged ones and by words that are no table at all, over
 /// memory that leads back, up, to code or nowhere: each ends within the greatest depth,
-/// after a bounded number of reads, and says why.
+/// after a bounded number of reads, and says why. By rules that other walks have found it is the
+/// same walk.
 #[test]
 fn hostile_walks() {
     let mut random = random();
@@ -338,7 +383,8 @@ fn hostile_walks() {
             arena.extend(entry.to_words());
         }
         // Words torn, or of a table that has just gone.
-        for _ in 0..[0, 0, 3, 30, 3000][random.below(5)] {
+        let damages = [0, 0, 3, 30, 3000][random.below(5)];
+        for _ in 0..damages {
             let at = random.below(arena.len());
             arena[at] = match random.below(4) {
                 0 => random.0,
@@ -356,15 +402,25 @@ fn hostile_walks() {
             arena,
             seed: 0,
             is_sane: false,
-            reads: std::cell::Cell::new(0),
+            reads: Cell::new(0),
+            rules: RefCell::new(Box::new(RuleCache::EMPTY)),
+            source: None,
         };
+        // Where words are damaged, mappings may lie over each other.
+        let is_whole = damages == 0 && list == MappingList::new(first, count);
         for _ in 0..200 {
             random.below(2);
             memory.seed = random.0;
             memory.is_sane = random.below(8) == 0;
-            memory.reads.set(0);
-            let end = walk(&memory, list, &mut random);
-            ends[end as usize] += 1;
+            let from = Beginning::any(&mut random);
+            memory.source = None;
+            let (frames, end) = walk(&memory, list, &from);
+            memory.source = Some(Source::new(list, 0));
+            let (again, end_again) = walk(&memory, list, &from);
+            if is_whole {
+                assert_eq!((again, end_again), (frames, end), "by rules that were kept");
+            }
+            ends[(end & END_MASK) as usize] += 1;
         }
     }
     let counts: Vec<(&str, u64)> = StackEnd::ALL
