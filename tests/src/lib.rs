@@ -15,6 +15,7 @@ pub mod hold;
 pub mod http;
 pub mod memory;
 pub mod memprof;
+pub mod nursery;
 pub mod openapi;
 pub mod oracle;
 pub mod pprof;

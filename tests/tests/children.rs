@@ -1,114 +1,21 @@
 //! `--children`: the children of processes that are named.
 
-use std::{cell::RefCell, fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
 use memprof_tests::{
-    Daemon, LIMIT, Process, Profile, Running, TempDir, Totals, daemon::eventually,
-    engine::is_prefilter, hold::maps, http, memprof, target,
+    Daemon, LIMIT, Process, Profile, Running, TempDir, Totals,
+    daemon::eventually,
+    engine::is_prefilter,
+    hold::maps,
+    http, memprof,
+    nursery::{Nursery, is_alive, order},
+    target,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-/// What `nursery.c` is told to do.
-mod order {
-    pub(super) const WORK: &str = "USR1";
-    pub(super) const FORK: &str = "USR2";
-    pub(super) const BECOME_ANEW: &str = "HUP";
-    pub(super) const FORK_TO_EXEC: &str = "34";
-    pub(super) const SPAWN: &str = "35";
-    pub(super) const FORK_TWICE: &str = "36";
-    pub(super) const SHORT_ONES: &str = "37";
-    pub(super) const SHARE_MEMORY: &str = "38";
-    pub(super) const FORK_WITH_WORDS: &str = "39";
-    pub(super) const END: &str = "TERM";
-}
-
 /// Short children at a time.
 const SHORT_ONES: u64 = 100;
-
-fn signal(pid: u32, order: &str) {
-    let sent = Command::new("kill")
-        .args(["-s", order, &pid.to_string()])
-        .status();
-    assert!(sent.expect("kill").success(), "cannot signal {pid}");
-}
-
-/// A process with children, all of which do as they are told.
-struct Nursery {
-    running: Running,
-    children: RefCell<Vec<u32>>,
-}
-
-impl Nursery {
-    fn start() -> Self {
-        let running = Running::spawn(&mut target("nursery.c").command(&[]));
-        running.wait_stdout(|line| line.starts_with("ready "));
-        let children = RefCell::default();
-        Self { running, children }
-    }
-
-    fn pid(&self) -> u32 {
-        self.running.pid()
-    }
-
-    fn said(&self, what: &str) -> usize {
-        let stdout = self.running.stdout();
-        stdout.lines().filter(|line| *line == what).count()
-    }
-
-    /// Has one of them do something, and waits until it has said so.
-    fn tell(&self, pid: u32, order: &str, answer: &str) {
-        let before = self.said(answer);
-        signal(pid, order);
-        eventually(|| (self.said(answer) > before).then_some(()));
-    }
-
-    fn work(&self, pid: u32) {
-        self.tell(pid, order::WORK, &format!("done {pid}"));
-    }
-
-    /// Has one of them make a child.
-    fn child(&self, parent: u32, order: &str) -> u32 {
-        let known = self.children.borrow().clone();
-        signal(parent, order);
-        let child = eventually(|| {
-            let stdout = self.running.stdout();
-            let pids = stdout
-                .lines()
-                .filter_map(|line| line.strip_prefix("child ")?.parse().ok());
-            pids.into_iter().find(|pid| !known.contains(pid))
-        });
-        self.children.borrow_mut().push(child);
-        child
-    }
-
-    /// The same, of a child that becomes the program anew.
-    fn program(&self, parent: u32, order: &str) -> u32 {
-        let child = self.child(parent, order);
-        eventually(|| (self.said(&format!("ready {child}")) > 0).then_some(()));
-        child
-    }
-
-    fn end(&self, pid: u32) {
-        signal(pid, order::END);
-        if pid != self.pid() {
-            eventually(|| (!is_alive(pid)).then_some(()));
-        }
-    }
-}
-
-impl Drop for Nursery {
-    fn drop(&mut self) {
-        for pid in self.children.borrow().iter() {
-            let _ = Command::new("kill").args(["-9", &pid.to_string()]).output();
-        }
-    }
-}
-
-fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.is_ok_and(|stat| !stat.contains(") Z "))
-}
 
 fn follow(dir: &TempDir, nursery: &Nursery) -> Daemon {
     let daemon = Daemon::start(dir, &[nursery.pid()], &["--children"]);

@@ -1,6 +1,7 @@
 //! The task that owns the ledger.
 //!
-//! Everything that changes the books runs here, one thing after the other:
+//! `starting` makes it, `running` is its loop. Everything that changes the books runs here, one
+//! thing after the other:
 //! `booking` applies samples and sweeps, `attaching` takes processes on, `life`
 //! follows them through exec and exit, `targets` lets them go, `forgetting` ends what is known
 //! of them, `marks` counts from a moment on, `shards` has the prefilter's given back,
@@ -32,8 +33,10 @@ mod memory;
 pub(super) mod prefilter;
 mod reporting;
 pub(super) mod rules;
+mod running;
 mod shards;
 mod slots;
+mod starting;
 mod system;
 mod taking_out;
 pub(super) mod targets;
@@ -41,32 +44,24 @@ mod totals;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::{
-    maps::{Array, HashMap, MapData, PerCpuArray},
-    util::nr_cpus,
-};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use memprof_common::{
-    config::{TargetConfig, Unwind},
+    config::TargetConfig,
     counters::{COUNTERS, TargetCounters},
     stack::{StackKey, StackRecord},
     totals::TargetTotals,
 };
-use thiserror::Error;
-use tokio::{
-    sync::{Semaphore, mpsc, watch},
-    time::MissedTickBehavior,
-};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tracing::{error, warn};
 
 pub use self::{
     config::ConfigError,
     handle::TracerHandle,
+    starting::{StartError, TracerOptions},
     system::Everyone,
     targets::{LeaveError, Left},
 };
@@ -75,7 +70,6 @@ use self::{
     system::System,
 };
 use super::{
-    budget::{Budget, Host, MaxMemory, TooLittle, WantedSizes},
     prober::ProberHandle,
     scan::Scanner,
     stack_copies::StackCopies,
@@ -84,110 +78,15 @@ use super::{
     target::Target,
 };
 use crate::{
-    decode::decode,
-    filter::Filters,
     ledger::Ledger,
-    probe::{
-        live_map::LiveMap,
-        loader::{self, LoadError, LoadOptions},
-        mode::{ModeChoice, ProbeMode},
-        pools::Pools,
-        walker::Walker,
-    },
+    probe::{live_map::LiveMap, mode::ProbeMode},
     ring::{
         events::EventRing,
         log::LogReader,
-        mmap_events::{MmapAlarm, MmapEvents, MmapEventsError, Scope},
+        mmap_events::{MmapAlarm, MmapEvents},
     },
-    sample::{ImageId, Sample},
-    symbolize::SymbolizeHandle,
+    sample::ImageId,
 };
-
-/// What a tracer is started with.
-#[derive(Clone, Debug)]
-pub struct TracerOptions {
-    /// Mean sampling gap; 1 takes every allocation, 0 none.
-    pub sample_interval_bytes: u64,
-    /// Frames to keep of a stack.
-    pub stack_depth: u32,
-    /// How much memory may be taken.
-    pub max_memory: MaxMemory,
-    /// Sizes of the BPF maps that are to be what they are, whatever that leaves for others.
-    pub sizes: WantedSizes,
-    /// How to attach the probes.
-    pub probe_mode: ModeChoice,
-    /// Functions that are traced beside those of known allocators.
-    pub pools: Pools,
-    /// Every process is traced that rules let pass, once that is
-    /// [asked for](TracerHandle::trace_all).
-    pub all: bool,
-    /// Those rules.
-    pub filters: Filters,
-    /// The children of processes that are named are traced, too.
-    pub children: bool,
-    /// How long what is known of a process is kept after its end; for ever if none.
-    pub keep_exited: Option<Duration>,
-    /// How long threads may be in the way of the prefilter.
-    pub attach_timeout: Duration,
-    /// How to walk stacks.
-    pub unwind: Unwind,
-    /// How BPF goes from frame to frame; the best way if none is named.
-    pub walker: Option<Walker>,
-    /// Where to write what each walk saw, for tests of the unwinder.
-    pub stack_copies: Option<PathBuf>,
-    /// Pass on the diagnostics of the BPF side.
-    pub bpf_log: bool,
-}
-
-/// Why a tracer could not be started.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// The BPF object could not be loaded.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The kernel does not tell about new mappings.
-    #[error("cannot watch for new executable mappings")]
-    MmapEvents(#[from] MmapEventsError),
-    /// There is not enough memory for it.
-    #[error(transparent)]
-    TooLittleMemory(#[from] TooLittle),
-    /// All processes are to be traced, and none may be written to unasked.
-    #[error("all processes are traced by uprobes, which write to none: not with --probe prefilter")]
-    NotByPrefilter,
-    /// A rule asks for what is ruled out.
-    #[error("a rule asks for the prefilter, and --probe for uprobes, which write to no process")]
-    NeverWrites,
-    /// The prefilter has no stubs for what the user has named.
-    #[error("functions that --function names are traced by uprobes: not with --probe prefilter")]
-    PoolsByPrefilter,
-    /// The ring or the log cannot be watched, or there is no thread left.
-    #[error("cannot set up the tracer")]
-    Io(#[from] io::Error),
-}
-
-/// Commands that may wait. Senders wait when there are more.
-const QUEUE: usize = 256;
-
-/// Jobs under way at a time: where every process is traced, a hundred can start at once, and
-/// what is traced is to have the processors.
-const MAX_JOBS: usize = 8;
-
-/// Records of the ring that are taken before other work gets its turn.
-const DRAIN_LIMIT: usize = 4096;
-
-/// After new mappings were looked at, others wait so long: programs that start one after the
-/// other keep nobody busy.
-const MMAP_REST: Duration = Duration::from_millis(5);
-
-/// How long files that no process maps any more are held, in case that another one does.
-const HOLD_FILES: Duration = Duration::from_secs(10);
-
-/// How often what nobody announces is looked after: new mappings, lost events.
-const TICK: Duration = Duration::from_millis(100);
-
-/// How many ticks pass between rounds of what costs more: sweeps, and readings
-/// of the targets' memory.
-const SLOW_TICKS: u32 = 10;
 
 /// The owner of the books, of the maps and of all targets.
 pub struct Tracer {
@@ -276,299 +175,6 @@ struct Work {
 }
 
 impl Tracer {
-    /// Loads the BPF programs and starts the task. It has `names` forgotten if memory is short.
-    ///
-    /// # Errors
-    ///
-    /// [`StartError`]; nothing stays behind in the kernel.
-    pub fn start(
-        mut options: TracerOptions,
-        names: SymbolizeHandle,
-    ) -> Result<TracerHandle, StartError> {
-        let may_write = options.probe_mode.may_write();
-        if options.filters.may_write() && !may_write {
-            return Err(StartError::NeverWrites);
-        }
-        if !options.pools.is_empty() && !options.probe_mode.may_probe() {
-            return Err(StartError::PoolsByPrefilter);
-        }
-        let names_few = options.filters.names_few();
-        let system = options.all.then(|| System::new(names_few, may_write));
-        if options.all && options.probe_mode.may_write() {
-            if !options.probe_mode.may_probe() {
-                return Err(StartError::NotByPrefilter);
-            }
-            options.probe_mode = ModeChoice::Uprobe;
-        }
-        let host = Host {
-            cpus: nr_cpus().map_err(|(_, error)| error)? as u64,
-            traces_all: options.all,
-        };
-        let budget = Budget::new(options.max_memory, &options.sizes, host)?;
-        let stack_copies = options.stack_copies.as_deref();
-        let loaded = loader::load(&LoadOptions {
-            sizes: budget.sizes,
-            mode: options.probe_mode,
-            bpf_log: options.bpf_log,
-            copy_stacks: stack_copies.is_some(),
-            walker: options.walker,
-        })?;
-        let stack_copies = stack_copies
-            .zip(loaded.maps.stack_copies)
-            .map(|(path, ring)| StackCopies::create(path, ring))
-            .transpose()?;
-        let tables = Arc::new(TableStore::new(loaded.maps.arena));
-        let scanner = Arc::new(Scanner::new(Arc::clone(&tables), &options.pools));
-        let family = options.children.then(Family::new);
-        let mmap_events = MmapEvents::open(if system.is_some() || family.is_some() {
-            Scope::Lives
-        } else {
-            Scope::Mappings
-        })?;
-        let (sender, commands) = mpsc::channel(QUEUE);
-        let (live, live_receiver) = watch::channel(0);
-        let log = loaded.log.map(LogReader::new).transpose()?;
-        let mut tracer = Self {
-            coarsest_interval_bytes: options.sample_interval_bytes,
-            ring: EventRing::new(loaded.maps.events, budget.sizes.ring_bytes)?,
-            options,
-            target_map: loaded.maps.targets,
-            slot_map: loaded.maps.slots,
-            counter_map: loaded.maps.counters,
-            totals_map: loaded.maps.totals,
-            live_map: loaded.maps.live,
-            stack_map: loaded.maps.stacks,
-            memory: Memory::new(budget, names),
-            stacks: Stacks::default(),
-            stack_seed: random_seed(),
-            mmap_alarm: Some(mmap_events.alarm()?),
-            mmap_rest: None,
-            mmap_events,
-            mmap_lost_seen: 0,
-            ledger: Ledger::new(),
-            targets: BTreeMap::new(),
-            slots: Slots::new(
-                loaded.maps.states,
-                loaded.maps.free_slots,
-                loaded.maps.unclaimed_calls,
-                loaded.maps.calls,
-            ),
-            system,
-            family,
-            last_serial: 0,
-            go_rest: Duration::ZERO,
-            memory_turn: 0,
-            unwanted: Vec::new(),
-            replaced: Vec::new(),
-            probe_mode: loaded.prober.mode(),
-            unconfirmed_totals: Vec::new(),
-            prober: ProberHandle::spawn(loaded.prober)?,
-            scanner,
-            tables,
-            unpublished: BTreeSet::new(),
-            publish_at: None,
-            stack_copies,
-            log,
-            jobs: Arc::new(Semaphore::new(MAX_JOBS)),
-            myself: sender.downgrade(),
-            commands,
-            live,
-            started: Instant::now(),
-            sweep_again: false,
-            sweeps: 0,
-            failed_sweeps: 0,
-            undecodable_events: 0,
-            missing_stacks: 0,
-            work: Work::default(),
-            is_paused: false,
-            reset: None,
-            forgotten: Sums::default(),
-            forgotten_targets: 0,
-            told_losses: BTreeMap::new(),
-        };
-        tracer.look_after_memory();
-        let profiles = tracer.memory.profiles();
-        tokio::spawn(tracer.run());
-        Ok(TracerHandle::new(sender, live_receiver, profiles))
-    }
-
-    async fn run(mut self) {
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut ticks = 0_u32;
-        let mut batch: Vec<Sample> = Vec::with_capacity(DRAIN_LIMIT);
-        loop {
-            let mut undecodable = 0;
-            // Where waiting ends and work begins.
-            let begun;
-            let next_child = self.next_child();
-            tokio::select! {
-                drained = self.ring.drain(DRAIN_LIMIT, |record| match decode(record) {
-                    Ok(sample) => batch.push(sample),
-                    Err(_) => undecodable += 1,
-                }) => {
-                    begun = Instant::now();
-                    if let Err(error) = drained {
-                        // Without its ring the tracer is blind; a sweep at each
-                        // tick would still keep in-use right, but say so.
-                        error!(%error, "cannot wait for the event ring");
-                        tokio::time::sleep(TICK).await;
-                    }
-                }
-                command = self.commands.recv() => match command {
-                    Some(Command::Stop { reply }) => {
-                        self.settle_hooking().await;
-                        self.take_all_out().await;
-                        let time = self.prober.detach_all().await;
-                        let _ = reply.send(time);
-                        return;
-                    }
-                    Some(command) => {
-                        begun = Instant::now();
-                        self.serve(command);
-                    }
-                    None => {
-                        self.take_all_out().await;
-                        self.prober.detach_all().await;
-                        return;
-                    }
-                },
-                result = mapped(self.mmap_alarm.as_ref(), self.mmap_rest) => {
-                    begun = Instant::now();
-                    if let Err(error) = result {
-                        warn!(%error, "new mappings are looked after ten times a second only");
-                        self.mmap_alarm = None;
-                    }
-                    self.drain_mmap_events();
-                    self.mmap_rest = Some(Instant::now() + MMAP_REST);
-                }
-                () = reached(self.publish_at) => {
-                    begun = Instant::now();
-                    self.publish_ready();
-                }
-                () = reached(next_child) => {
-                    begun = Instant::now();
-                    self.take_on_children();
-                }
-                () = flush_log(&mut self.log) => begun = Instant::now(),
-                _ = tick.tick() => {
-                    ticks = ticks.wrapping_add(1);
-                    begun = Instant::now();
-                    self.look_after(ticks.is_multiple_of(SLOW_TICKS));
-                }
-            }
-            self.undecodable_events += undecodable;
-            self.apply_all(&batch);
-            batch.clear();
-            self.bound_blocks();
-            self.close_replaced();
-            self.let_unwanted_go();
-            self.write_stack_copies();
-            self.work.longest_round = self.work.longest_round.max(begun.elapsed());
-            // There is more, and there will be: let others have their turn, the signal that
-            // ends all of this among them.
-            tokio::task::yield_now().await;
-        }
-    }
-
-    fn serve(&mut self, command: Command) {
-        match command {
-            Command::Attach { pid, holder, reply } => self.begin_attach(pid, holder, reply),
-            Command::Scanned { pid, result } => self.scanned(pid, result),
-            Command::Rescanned { image, result } => self.rescanned(image, result),
-            Command::Found(found) => self.found(found),
-            Command::ReadGo { pid, done } => self.read_go_now(pid, &done),
-            Command::GoRead(read) => self.go_read(*read),
-            Command::AttachDone { pid, batch, result } => self.attach_done(pid, batch, result),
-            Command::Hooked(hooked) => self.hooked(*hooked),
-            Command::ShardsGivenBack {
-                pid,
-                serial,
-                result,
-            } => {
-                self.shards_given_back(pid, serial, result);
-            }
-            Command::Detached { pid, serial, time } => {
-                if let Some(target) = self.target_of(pid, serial) {
-                    // The thread that detaches may have ended, and all probes with it.
-                    target.detach_time = time.or(Some(Duration::ZERO));
-                }
-            }
-            Command::Exited { pid, serial } => self.exited(pid, serial),
-            Command::TraceAll { reply } => self.trace_all(reply),
-            Command::Swept(swept) => self.swept(&swept),
-            Command::Considered(considered) => self.considered(considered),
-            Command::Unshared => self.unshared(),
-            Command::ChildScanned {
-                pid,
-                serial,
-                result,
-            } => self.child_scanned(pid, serial, result),
-            Command::Parents(parents) => self.parents_looked(&parents),
-            Command::ChildrenSettled { reply } => self.when_settled(reply),
-            Command::RuleAttach { pid, result } => self.taken_on_by_rule(pid, result),
-            Command::Looked(looked) => self.looked(looked),
-            Command::GoAttach { pid, runs, result } => self.go_taken_on(pid, runs, result),
-            Command::Shared { file, result } => self.shared(file, result),
-            Command::Met { pid, serial, scan } => self.met(pid, serial, scan),
-            Command::SlotFree { slot, pid } => {
-                tracing::debug!(pid, slot, "the slot is free");
-                self.give_back(slot, true);
-            }
-            Command::Compiled { pid, file, table } => self.compiled(pid, file, table),
-            Command::Capture { pid, since, reply } => {
-                let capture = self.capture(pid, since.as_deref());
-                let _ = reply.send(capture);
-            }
-            Command::Mark { reply } => {
-                let _ = reply.send(Arc::new(self.mark()));
-            }
-            Command::Reset { reply } => {
-                let _ = reply.send(self.reset());
-            }
-            Command::Detach { pid, reply } => self.detach_for_good(pid, reply),
-            Command::TakenOut(taken_out) => self.taken_out(*taken_out),
-            Command::Left { pid, serial, time } => self.left(pid, serial, time),
-            Command::Processes { reply } => {
-                let processes = self.processes();
-                let _ = reply.send(processes);
-            }
-            Command::Config { reply } => {
-                let _ = reply.send(self.config());
-            }
-            Command::SetConfig { change, reply } => {
-                let result = self.set_config(change);
-                let _ = reply.send(result);
-            }
-            Command::Stats { reply } => {
-                let stats = self.stats();
-                let _ = reply.send(stats);
-            }
-            // Served by the loop, which it ends.
-            Command::Stop { reply } => drop(reply),
-        }
-    }
-
-    /// The regular round.
-    fn look_after(&mut self, slow: bool) {
-        self.drain_mmap_events();
-        // BPF wakes the reader of the ring for little.
-        self.drain_ring();
-        self.refill();
-        self.give_shards_back();
-        self.look_after_all(slow);
-        self.look_after_children(slow);
-        if slow {
-            self.scanner.forget_files(HOLD_FILES);
-            self.forget_kept();
-            self.look_after_memory();
-            // Reads the whole live map: not at every tick while events get lost.
-            self.sweep_if_lossy();
-            self.refresh_memory_in_turn();
-            self.read_go_in_turn();
-        }
-    }
-
     /// Writes what walks saw since the last time.
     pub(super) fn write_stack_copies(&mut self) {
         if let Some(copies) = &mut self.stack_copies
@@ -620,38 +226,6 @@ impl Tracer {
             Err(error) => warn!(%error, "cannot read the counters of losses"),
         }
         sum
-    }
-}
-
-/// Waits for a new mapping, of any process, after a moment's rest; for ever without an alarm.
-async fn mapped(alarm: Option<&MmapAlarm>, rest: Option<Instant>) -> io::Result<()> {
-    if let Some(rest) = rest.filter(|rest| *rest > Instant::now()) {
-        tokio::time::sleep_until(rest.into()).await;
-    }
-    match alarm {
-        Some(alarm) => alarm.recorded().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits for a moment; for ever without one.
-async fn reached(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => tokio::time::sleep_until(moment.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Passes on what the BPF side has logged; never returns without a log.
-async fn flush_log(log: &mut Option<LogReader>) {
-    match log {
-        Some(reader) => {
-            if let Err(error) = reader.flush().await {
-                warn!(%error, "cannot wait for the log of the BPF programs");
-                *log = None;
-            }
-        }
-        None => std::future::pending().await,
     }
 }
 
