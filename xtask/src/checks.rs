@@ -22,7 +22,7 @@ fn cargo(workspace: &Path) -> Command {
 
 /// The end-to-end tests to which it matters how probes are attached. What becomes of a
 /// sample is the same in each.
-const ABOUT_PROBES: [&str; 14] = [
+const ABOUT_PROBES: [&str; 12] = [
     "detach",
     "errors",
     "family",
@@ -30,9 +30,7 @@ const ABOUT_PROBES: [&str; 14] = [
     "invariants",
     "limits",
     "modes",
-    "real",
     "realloc",
-    "record",
     "sampling",
     "sites",
     "threads",
