@@ -4,7 +4,7 @@
 //! All that is read here was written by the target, which may be hostile to itself: it
 //! can spoil its own profile, and nothing else.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -62,15 +62,19 @@ fn argument(ctx: &ProbeContext) -> u64 {
     ctx.arg::<u64>(0).unwrap_or(0)
 }
 
-/// What the stub has written of the call, and where it is. None, and counted, if that is
-/// no memory.
+/// Where the stub has written what is to be known of the call: a [`SiteFrame`].
 #[inline(always)]
-fn frame(ctx: &ProbeContext, hit: &Hit) -> Option<(SiteFrame, u64)> {
+fn frame(ctx: &ProbeContext) -> u64 {
     // SAFETY: the context is valid for this program's run.
-    let place = unsafe { (*ctx.regs).rsp }.wrapping_add(SITE_FRAME_OFFSET);
+    unsafe { (*ctx.regs).rsp }.wrapping_add(SITE_FRAME_OFFSET)
+}
+
+/// What is at `place`. None, and counted, if that is no memory.
+#[inline(always)]
+fn read<T>(hit: &Hit, place: u64) -> Option<T> {
     // SAFETY: reads the target's memory, and says so if that fails.
-    match unsafe { bpf_probe_read_user(place as *const SiteFrame) } {
-        Ok(frame) => Some((frame, place)),
+    match unsafe { bpf_probe_read_user(place as *const T) } {
+        Ok(value) => Some(value),
         Err(_) => {
             count(hit.slot, DropReason::ResultUnreadable);
             None
@@ -81,7 +85,8 @@ fn frame(ctx: &ProbeContext, hit: &Hit) -> Option<(SiteFrame, u64)> {
 /// The block that was handed out, if it is sampled, and the frame of the caller.
 #[inline(always)]
 fn sampled(ctx: &ProbeContext, hit: &Hit) -> Option<(SampledBlock, Start)> {
-    let (frame, place) = frame(ctx, hit)?;
+    let place = frame(ctx);
+    let frame: SiteFrame = read(hit, place)?;
     let is_function = Function::from_code(frame.function as u8).is_some();
     if frame.address == 0 || frame.function > u32::from(u8::MAX) || !is_function {
         count(hit.slot, DropReason::ResultUnreadable);
@@ -147,10 +152,12 @@ fn restore(ctx: &ProbeContext, hit: &Hit) {
     let Some(mut taken) = in_flight::hand_back(current_thread()) else {
         return;
     };
-    let Some((frame, _)) = frame(ctx, hit) else {
+    // This word alone: two programs that call each other have 512 bytes of stack.
+    let place = frame(ctx).wrapping_add(offset_of!(SiteFrame, old_pointer) as u64);
+    let Some(old_pointer) = read(hit, place) else {
         return;
     };
-    if taken.key == hit.live_key(frame.old_pointer) {
+    if taken.key == hit.live_key(old_pointer) {
         live::restore(hit.slot, &taken.key, &mut taken.value);
     }
 }

@@ -66,8 +66,14 @@ pub(crate) const BUFFERS: usize = 4;
 pub(crate) struct Scratch {
     claimed: [u64; BUFFERS],
     turns: [Turn; BUFFERS],
-    walks: [Walking; BUFFERS],
-    records: [StackRecord; BUFFERS],
+    captures: [Capture; BUFFERS],
+}
+
+/// A walk, and what it finds.
+#[repr(C)]
+pub(crate) struct Capture {
+    pub(crate) walking: Walking,
+    pub(crate) record: StackRecord,
 }
 
 const _: () = assert!(size_of::<Scratch>() <= 32 << 10, "per-CPU value limit");
@@ -120,7 +126,7 @@ impl Buffer {
         // SAFETY: the pointer is to a map value and the index is in bounds; the claim
         // makes this task the record's only user, so that both words are one.
         let difference = unsafe {
-            let ours = &raw const (*scratch).records[index].depth;
+            let ours = &raw const (*scratch).captures[index].record.depth;
             ours.read_volatile().wrapping_sub(ours.read_volatile())
         };
         Some(Self {
@@ -140,13 +146,14 @@ impl Buffer {
     /// The walk and what it finds.
     #[inline(always)]
     pub(crate) fn walk(&mut self) -> (&mut Walking, &mut StackRecord) {
+        let Capture { walking, record } = self.capture();
+        (walking, record)
+    }
+
+    #[inline(always)]
+    fn capture(&mut self) -> &mut Capture {
         // SAFETY: the claim makes this task the only user.
-        unsafe {
-            (
-                &mut (*self.scratch).walks[self.index],
-                &mut (*self.scratch).records[self.index],
-            )
-        }
+        unsafe { &mut (*self.scratch).captures[self.index] }
     }
 
     /// The rules that walks in this buffer have found. It is there.
@@ -172,13 +179,13 @@ pub(crate) fn capture(ctx: *mut c_void, start: &Start, hit: &Hit) -> StackKey {
         return StackKey::UNKNOWN;
     };
     let rules = buffer.rules();
-    let (walking, record) = buffer.walk();
+    let capture = buffer.capture();
     let key = if !unwind::is_possible() || is_kernels(hit) {
-        ask_kernel(ctx, start, hit.target, record)
+        ask_kernel(ctx, start, hit.target, &mut capture.record)
     } else {
-        rules.map(|rules| unwind::walk(start, hit, walking, record, rules))
+        rules.map(|rules| unwind::walk(start, hit, capture, rules))
     };
-    let key = remember(start, hit, record, key);
+    let key = remember(start, hit, &capture.record, key);
     buffer.release();
     key
 }

@@ -22,7 +22,7 @@ use crate::{
     emit,
     hit::Hit,
     maps::{ARENA, ARENA_REUSES},
-    stack::Start,
+    stack::{Capture, Start},
 };
 
 /// The arena, and the memory of the task that runs.
@@ -115,6 +115,8 @@ pub(crate) fn is_possible() -> bool {
 pub(crate) struct Walking {
     walk: Walk,
     hasher: StackHasher,
+    /// Of a walk in a loop, whose steps have little stack to share.
+    plan: Plan,
 }
 
 impl Walking {
@@ -138,28 +140,21 @@ pub(crate) struct Plan {
 
 /// What each step of the loop is given.
 struct Steps {
-    walking: *mut Walking,
-    record: *mut StackRecord,
+    capture: *mut Capture,
     rules: *mut RuleCache,
-    plan: Plan,
 }
 
-/// Fills `record`, and returns its name.
+/// Fills the record of `capture`, and returns its name.
 #[inline(always)]
 pub(crate) fn walk(
     start: &Start,
     hit: &Hit,
-    walking: &mut Walking,
-    record: &mut StackRecord,
+    capture: &mut Capture,
     rules: *mut RuleCache,
 ) -> StackKey {
-    let plan = begin(start, hit, walking, record);
-    let mut steps = Steps {
-        walking,
-        record,
-        rules,
-        plan,
-    };
+    let Capture { walking, record } = capture;
+    walking.plan = begin(start, hit, walking, record);
+    let mut steps = Steps { capture, rules };
     // SAFETY: the callback takes what it is given here.
     unsafe {
         bpf_loop(
@@ -169,6 +164,8 @@ pub(crate) fn walk(
             0,
         )
     };
+    let Capture { walking, record } = capture;
+    let plan = walking.plan;
     end(hit, walking, record, &plan)
 }
 
@@ -213,20 +210,16 @@ pub(crate) fn begin(
 /// One frame; not 0 ends the loop.
 unsafe extern "C" fn loop_step(_index: u32, steps: *mut Steps) -> u64 {
     // SAFETY: `walk` gives what nobody else uses meanwhile.
-    let (walking, record, rules, plan) = unsafe {
+    let (Capture { walking, record }, rules) = unsafe {
         let steps = &*steps;
-        (
-            &mut *steps.walking,
-            &mut *steps.record,
-            steps.rules,
-            &steps.plan,
-        )
+        (&mut *steps.capture, steps.rules)
     };
+    let plan = walking.plan;
     let memory = Cached {
         rules,
         source: Source::new(plan.mappings, plan.reuses),
     };
-    u64::from(!step_by(&memory, walking, record, plan))
+    u64::from(!step_by(&memory, walking, record, &plan))
 }
 
 /// One frame. False if it was the last.

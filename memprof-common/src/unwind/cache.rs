@@ -87,7 +87,7 @@ impl RuleCache {
     #[inline(always)]
     pub fn remember(&mut self, source: Source, pc: u64, rule: Rule) {
         // -1 of a wide rule, else 0; without a branch.
-        let is_wide = i64::from(rule.kind() ^ RuleKind::Wide as u32) - 1 >> 63;
+        let is_wide = (i64::from(rule.kind() ^ RuleKind::Wide as u32) - 1) >> 63;
         let known = &mut self.rules[place(pc)];
         known.pc = pc;
         known.source = source;
