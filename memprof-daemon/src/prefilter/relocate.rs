@@ -9,7 +9,7 @@
 mod copy;
 mod lead;
 
-use std::ops::Range;
+use std::{iter, ops::Range};
 
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind,
@@ -140,10 +140,13 @@ fn behind_first(code: &[u8], plain: &Displaced) -> Option<Displaced> {
     // Not behind `endbr64`: there it stays anyway.
     let is_first = plain.bytes.get(..length) == code.get(..length);
     let displaced = displace(code.get(length..)?, second).ok()?;
-    let refers_to = own_reference(&lead.instruction);
-    let fits = is_first
-        && displaced.address == second
-        && !refers_to.is_some_and(|place| displaced.range().contains(&place));
+    // All of them run elsewhere, and the encoder leads what refers to one of them to its copy.
+    let moved = lead.instruction.ip()..displaced.end();
+    let mut refers_to = iter::once(&lead.instruction)
+        .chain(&displaced.instructions)
+        .filter_map(own_reference);
+    let fits =
+        is_first && displaced.address == second && !refers_to.any(|place| moved.contains(&place));
     fits.then_some(Displaced {
         lead: Some(lead),
         ..displaced

@@ -167,6 +167,14 @@ fn first_stays() {
     // cmp byte [rip + 1], 0
     assert_eq!(behind(&[0x80, 0x3d, 1, 0, 0, 0, 0]), (0, 7));
     assert_eq!(behind(&[0x80, 0x3d, 0, 1, 0, 0, 0]), (7, 5));
+    // test [rip + 0x100], r14b; lea rcx, [rip - 14], which is the function's address
+    let own = [
+        0x44, 0x84, 0x35, 0, 1, 0, 0, 0x48, 0x8d, 0x0d, 0xf2, 0xff, 0xff, 0xff,
+    ];
+    assert_eq!(behind(&own), (0, 7));
+    let mut other = own;
+    other[10] = 0xf1;
+    assert_eq!(behind(&other), (7, 7));
 }
 
 /// Check that what is out of reach is refused, from both sides, and that the last place from
