@@ -139,10 +139,15 @@ fn end_to_end(
     tests: &[impl AsRef<str>],
     filter: &[String],
 ) -> Result<()> {
+    // Or the tests ask cargo for it. To some build scripts that is another environment than this
+    // one: each would have memprof built anew for itself.
+    let memprof = env::var_os(BINARY).map_or_else(|| built(workspace), PathBuf::from);
+    let memprof = memprof.to_str().context("a path in UTF-8")?;
+    let variables = [variables, &[(BINARY, memprof)]].concat();
     let mut command = cargo(workspace);
     command.envs(variables.iter().copied());
     if !is_root()? {
-        command.arg("--config").arg(sudo_runner(variables)?);
+        command.arg("--config").arg(sudo_runner(&variables)?);
     }
     command
         .args(["test", "--package", "memprof-tests", "--no-fail-fast"])
@@ -176,6 +181,14 @@ pub(crate) fn fuzz(workspace: &Path, seconds: &str) -> Result<()> {
         .args(["fuzz_tests", "--", "--nocapture"]))
 }
 
+/// memprof as it was built for the tests.
+fn built(workspace: &Path) -> PathBuf {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    workspace.join(target).join("debug/memprof")
+}
+
+/// Which memprof the tests run.
+const BINARY: &str = "MEMPROF_BIN";
 /// How memprof is told to attach its probes.
 const PROBE_MODE: &str = "MEMPROF_PROBE";
 /// How it is told to walk stacks.
@@ -184,8 +197,7 @@ const WALK: &str = "MEMPROF_WALK";
 /// The ways to attach that this kernel has, as the built memprof tells. Those it
 /// has not are named: they are not tested here.
 fn probe_modes(workspace: &Path) -> Result<Vec<String>> {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-    let memprof = workspace.join(target).join("debug/memprof");
+    let memprof = built(workspace);
     let mut command = if is_root()? {
         Command::new(&memprof)
     } else {
