@@ -292,6 +292,9 @@ fn cgo() {
         "{kept:?}"
     );
     let calls = malloc.totals.expect("exact totals");
-    assert_eq!((calls.alloc_calls, calls.alloc_bytes), (100, 100_000));
-    assert_eq!(malloc.totals().inuse_bytes, 100_000);
+    // Another thread of the runtime's takes some, if one starts meanwhile.
+    assert!((100..120).contains(&calls.alloc_calls), "{calls:?}");
+    let kept = malloc.stacks.iter().map(|stack| stack.totals());
+    let kept = kept.max_by_key(|kept| kept.inuse_bytes).expect("a stack");
+    assert_eq!((kept.inuse_objects, kept.inuse_bytes), (100, 100_000));
 }
