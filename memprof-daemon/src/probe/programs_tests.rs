@@ -54,7 +54,7 @@ fn stack_is_enough() {
     let bytes = aya::include_bytes_aligned!(env!("MEMPROF_BPF_OBJECT"));
     let file = object::File::parse(bytes).unwrap();
     let stack_of = |wanted: &str| {
-        // Not what is inlined: the step is a function of Rust's, with a name of Rust's.
+        // Programs have their own names; that of the step is mangled, and ends with it.
         let is_wanted = |name: &str| name == wanted || name.ends_with(wanted);
         let symbol = file
             .symbols()
