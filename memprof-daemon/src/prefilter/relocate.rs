@@ -9,7 +9,7 @@
 mod copy;
 mod lead;
 
-use std::{iter, ops::Range};
+use std::ops::Range;
 
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind,
@@ -140,17 +140,12 @@ fn behind_first(code: &[u8], plain: &Displaced) -> Option<Displaced> {
     // Not behind `endbr64`: there it stays anyway.
     let is_first = plain.bytes.get(..length) == code.get(..length);
     let displaced = displace(code.get(length..)?, second).ok()?;
-    // All of them run elsewhere, and the encoder leads what refers to one of them to its copy.
-    let moved = lead.instruction.ip()..displaced.end();
-    let mut refers_to = iter::once(&lead.instruction)
-        .chain(&displaced.instructions)
-        .filter_map(own_reference);
-    let fits =
-        is_first && displaced.address == second && !refers_to.any(|place| moved.contains(&place));
-    fits.then_some(Displaced {
+    let fits = is_first && displaced.address == second;
+    let displaced = Displaced {
         lead: Some(lead),
         ..displaced
-    })
+    };
+    (fits && displaced.refers_to_itself().is_none()).then_some(displaced)
 }
 
 fn first_instructions(code: &[u8], address: u64) -> Result<Displaced, Refusal> {
@@ -295,14 +290,22 @@ impl Displaced {
         own.chain(self.goes_on.then(|| self.end()))
     }
 
-    /// Branches among the displaced instructions lead to their copies, and so do not harm;
-    /// the encoder does the same with memory operands, which would be wrong.
+    /// The instruction, of those that run elsewhere, that works with one of them: the encoder
+    /// leads it to the copy, which would be wrong.
+    fn refers_to_itself(&self) -> Option<u64> {
+        let moved = self.start()..self.end();
+        self.all()
+            .find(|one| own_reference(one).is_some_and(|place| moved.contains(&place)))
+            .map(Instruction::ip)
+    }
+
+    /// Branches among the displaced instructions lead to their copies, and so do not harm.
     fn check_own_references(&self, address: u64) -> Result<(), Refusal> {
         let is_one_of_them = |target| self.instructions.iter().any(|one| one.ip() == target);
+        if let Some(place) = self.refers_to_itself() {
+            return Err(Refusal::RefersToItself(place));
+        }
         for instruction in &self.instructions {
-            if own_reference(instruction).is_some_and(|target| self.range().contains(&target)) {
-                return Err(Refusal::RefersToItself(instruction.ip()));
-            }
             match branch_target(instruction) {
                 Some(target) if (address..self.address).contains(&target) => {
                     return Err(Refusal::Loops(target));
