@@ -6,6 +6,10 @@
 /// 127 by default (`include/uapi/linux/perf_event.h`, `PERF_MAX_STACK_DEPTH`).
 pub const MAX_STACK_DEPTH: usize = 127;
 
+/// How many tasks can capture a stack on one CPU at the same time, each but the last
+/// preempted in the middle.
+pub const CAPTURE_BUFFERS: usize = 4;
+
 /// How many processes one daemon can trace at a time: the length of the map of
 /// targets.
 pub const MAX_TARGETS: u32 = 1024;

@@ -10,8 +10,8 @@ use memprof_common::{
     config::{TargetConfig, TargetState},
     counters::TargetCounters,
     limits::{
-        DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES, DEFAULT_STACK_ENTRIES,
-        MAX_KNOWN_PROCESSES, MAX_TARGETS,
+        CAPTURE_BUFFERS, DEFAULT_IN_FLIGHT_ENTRIES, DEFAULT_LIVE_ENTRIES, DEFAULT_RING_BYTES,
+        DEFAULT_STACK_ENTRIES, MAX_KNOWN_PROCESSES, MAX_TARGETS,
     },
     live::{LiveKey, LiveValue},
     occupancy::Occupancy,
@@ -22,7 +22,7 @@ use memprof_common::{
 
 use crate::{
     in_flight::{InFlightCall, TakenBlock},
-    stack::{BUFFERS, Scratch},
+    stack::Scratch,
 };
 
 /// Events for the daemon.
@@ -99,7 +99,8 @@ pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(
 
 /// What walks have found last in the arena, for each buffer of `SCRATCH`.
 #[map]
-pub(crate) static RULES: PerCpuArray<RuleCache> = PerCpuArray::with_max_entries(BUFFERS as u32, 0);
+pub(crate) static RULES: PerCpuArray<RuleCache> =
+    PerCpuArray::with_max_entries(CAPTURE_BUFFERS as u32, 0);
 
 /// The program that goes on with a walk, for kernels where tail calls walk.
 #[map]

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use memprof_common::{
     config::{TargetConfig, Unwind},
     counters::DropReason,
-    limits::MAX_STACK_DEPTH,
+    limits::{CAPTURE_BUFFERS, MAX_STACK_DEPTH},
     stack::{StackHasher, StackKey, StackRecord},
     unwind::{
         cache::RuleCache,
@@ -56,17 +56,13 @@ impl Start {
     }
 }
 
-/// How many tasks can capture a stack on one CPU at the same time, each but the
-/// last preempted in the middle.
-pub(crate) const BUFFERS: usize = 4;
-
 /// Buffers too large for the BPF stack (512 bytes). A task claims one by an
 /// atomic exchange, so that a task that preempts it takes another.
 #[repr(C)]
 pub(crate) struct Scratch {
-    claimed: [u64; BUFFERS],
-    turns: [Turn; BUFFERS],
-    captures: [Capture; BUFFERS],
+    claimed: [u64; CAPTURE_BUFFERS],
+    turns: [Turn; CAPTURE_BUFFERS],
+    captures: [Capture; CAPTURE_BUFFERS],
 }
 
 /// A walk, and what it finds.
@@ -91,7 +87,7 @@ impl Buffer {
     pub(crate) fn claim() -> Option<Self> {
         let scratch = SCRATCH.get_ptr_mut(0)?;
         let mut index = 0;
-        while index < BUFFERS {
+        while index < CAPTURE_BUFFERS {
             // SAFETY: the pointer is to a map value and the index is in bounds.
             if unsafe { atomic::claim(&raw mut (*scratch).claimed[index]) } == 0 {
                 break;
@@ -106,7 +102,7 @@ impl Buffer {
     pub(crate) fn of(thread: u64) -> Option<Self> {
         let scratch = SCRATCH.get_ptr_mut(0)?;
         let mut index = 0;
-        while index < BUFFERS {
+        while index < CAPTURE_BUFFERS {
             // SAFETY: as above. Volatile: tasks that this one has preempted write theirs.
             if unsafe { (&raw const (*scratch).turns[index].owner).read_volatile() } == thread {
                 break;
@@ -120,7 +116,7 @@ impl Buffer {
     /// that follows once for each.
     #[inline(always)]
     fn at(scratch: *mut Scratch, index: usize) -> Option<Self> {
-        if index >= BUFFERS {
+        if index >= CAPTURE_BUFFERS {
             return None;
         }
         // SAFETY: the pointer is to a map value and the index is in bounds; the claim
@@ -131,7 +127,7 @@ impl Buffer {
         };
         Some(Self {
             scratch,
-            index: index.wrapping_add(difference as usize) & (BUFFERS - 1),
+            index: index.wrapping_add(difference as usize) & (CAPTURE_BUFFERS - 1),
         })
     }
 

@@ -14,7 +14,7 @@ use memprof_common::{
         cache::{RuleCache, Source},
         rule::Rule,
         table::{MappingList, SLAB_SHIFT, SLAB_WORDS},
-        walk::{END_MASK, Memory, StackEnd, Walk},
+        walk::{END_MASK, KnownRules, Memory, StackEnd, Walk},
     },
 };
 
@@ -51,40 +51,17 @@ impl Memory for Current {
         // SAFETY: as above.
         unsafe { bpf_probe_read_user(address as *const u64) }.ok()
     }
-
-    #[inline(always)]
-    fn recall(&self, _pc: u64) -> Rule {
-        Rule::NONE
-    }
-
-    #[inline(always)]
-    fn remember(&self, _pc: u64, _rule: Rule) {}
 }
 
-/// The same, and what other walks have found. Not for walks by tail calls: of each frame the
-/// verifier would see twice as much.
+/// What other walks have found. Not for walks by tail calls: of each frame the verifier would
+/// see twice as much.
 struct Cached {
     /// Of the buffer that the walk is in, and so nobody else's meanwhile.
     rules: *mut RuleCache,
     source: Source,
 }
 
-impl Memory for Cached {
-    #[inline(always)]
-    fn word(&self, place: u32) -> Option<u64> {
-        Current.word(place)
-    }
-
-    #[inline(always)]
-    fn pair(&self, address: u64) -> Option<[u64; 2]> {
-        Current.pair(address)
-    }
-
-    #[inline(always)]
-    fn single(&self, address: u64) -> Option<u64> {
-        Current.single(address)
-    }
-
+impl KnownRules for Cached {
     #[inline(always)]
     fn recall(&self, pc: u64) -> Rule {
         // SAFETY: a map value.
@@ -215,28 +192,28 @@ unsafe extern "C" fn loop_step(_index: u32, steps: *mut Steps) -> u64 {
         (&mut *steps.capture, steps.rules)
     };
     let plan = walking.plan;
-    let memory = Cached {
+    let known = Cached {
         rules,
         source: Source::new(plan.mappings, plan.reuses),
     };
-    u64::from(!step_by(&memory, walking, record, &plan))
+    u64::from(!step_by(&known, walking, record, &plan))
 }
 
 /// One frame. False if it was the last.
 #[inline(always)]
 pub(crate) fn step(walking: &mut Walking, record: &mut StackRecord, plan: &Plan) -> bool {
-    step_by(&Current, walking, record, plan)
+    step_by(&(), walking, record, plan)
 }
 
 #[inline(always)]
 fn step_by(
-    memory: &impl Memory,
+    known: &impl KnownRules,
     walking: &mut Walking,
     record: &mut StackRecord,
     plan: &Plan,
 ) -> bool {
     let walk = &mut walking.walk;
-    if !walk.frame(memory, plan.mappings, plan.most) {
+    if !walk.frame(&Current, known, plan.mappings, plan.most) {
         return false;
     }
     let index = walk.depth as usize;
@@ -245,7 +222,7 @@ fn step_by(
     }
     record.frames[index] = walk.ip;
     walking.hasher.push(walk.ip);
-    walk.next(memory, plan.mappings, plan.frame_pointers != 0)
+    walk.next(&Current, known, plan.mappings, plan.frame_pointers != 0)
 }
 
 /// The walk is over: completes `record`, and returns its name.

@@ -14,7 +14,7 @@ use super::{
 /// Binary logarithm of [`CACHED_RULES`].
 const CACHE_SHIFT: u32 = 9;
 /// Rules that are kept, each in the one place that its code has.
-pub const CACHED_RULES: usize = 1 << CACHE_SHIFT;
+const CACHED_RULES: usize = 1 << CACHE_SHIFT;
 
 /// 2^64 over the golden ratio: spreads addresses that lie near each other.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -19,10 +19,25 @@ pub trait Memory {
     fn pair(&self, address: u64) -> Option<[u64; 2]>;
     /// One word of the target's memory; none if it cannot be read.
     fn single(&self, address: u64) -> Option<u64>;
+}
+
+/// What walks keep for those after them.
+pub trait KnownRules {
     /// The rule that another walk has found for `pc`; [`Rule::NONE`] if that is not known.
     fn recall(&self, pc: u64) -> Rule;
     /// Keeps the rule that was found for `pc`.
     fn remember(&self, pc: u64, rule: Rule);
+}
+
+/// Nothing is kept.
+impl KnownRules for () {
+    #[inline(always)]
+    fn recall(&self, _pc: u64) -> Rule {
+        Rule::NONE
+    }
+
+    #[inline(always)]
+    fn remember(&self, _pc: u64, _rule: Rule) {}
 }
 
 macro_rules! stack_ends {
@@ -214,11 +229,17 @@ impl Walk {
     /// Whether there is a frame and it is wanted: then it is `ip`, and
     /// [`Self::next`] is the step to its caller. Otherwise `stopped` says why not.
     #[inline(always)]
-    pub fn frame(&mut self, memory: &impl Memory, mappings: MappingList, most: u32) -> bool {
+    pub fn frame(
+        &mut self,
+        memory: &impl Memory,
+        known: &impl KnownRules,
+        mappings: MappingList,
+        most: u32,
+    ) -> bool {
         self.rule = Rule::NONE;
         // What a frame pointer leads to is no frame before it is known which code it is in.
         if self.by_frame_pointer == 0 {
-            self.rule = memory.recall(self.ip.wrapping_sub(1));
+            self.rule = known.recall(self.ip.wrapping_sub(1));
         }
         if self.rule.0 == Rule::NONE.0
             && let Err(why) = self.locate(memory, mappings)
@@ -238,11 +259,12 @@ impl Walk {
     pub fn next(
         &mut self,
         memory: &impl Memory,
+        known: &impl KnownRules,
         mappings: MappingList,
         frame_pointers: bool,
     ) -> bool {
         self.depth += 1;
-        match settle(self).advance(memory, mappings, frame_pointers) {
+        match settle(self).advance(memory, known, mappings, frame_pointers) {
             Ok(()) => true,
             Err(why) => {
                 self.stopped = why as u32;
@@ -256,6 +278,7 @@ impl Walk {
     fn advance(
         &mut self,
         memory: &impl Memory,
+        known: &impl KnownRules,
         mappings: MappingList,
         frame_pointers: bool,
     ) -> Result<(), StackEnd> {
@@ -265,7 +288,7 @@ impl Walk {
             // Recalled.
         } else if self.kind == MappingKind::Table as u32 {
             rule = self.find_rule(memory, pc);
-            memory.remember(pc, rule);
+            known.remember(pc, rule);
         } else if self.kind == MappingKind::ReturnProbe as u32 {
             return Err(StackEnd::ReturnProbe);
         } else if self.kind != MappingKind::FramePointers as u32 {

@@ -28,34 +28,15 @@ impl Memory for Fake {
     fn single(&self, address: u64) -> Option<u64> {
         self.memory.get(&address).copied()
     }
-
-    fn recall(&self, _pc: u64) -> Rule {
-        Rule::NONE
-    }
-
-    fn remember(&self, _pc: u64, _rule: Rule) {}
 }
 
-/// The same, with the rules of other walks.
-struct Cached<'a> {
-    fake: &'a Fake,
+/// The rules of other walks.
+struct Cached {
     rules: RefCell<Box<RuleCache>>,
     source: Source,
 }
 
-impl Memory for Cached<'_> {
-    fn word(&self, place: u32) -> Option<u64> {
-        self.fake.word(place)
-    }
-
-    fn pair(&self, address: u64) -> Option<[u64; 2]> {
-        self.fake.pair(address)
-    }
-
-    fn single(&self, address: u64) -> Option<u64> {
-        self.fake.single(address)
-    }
-
+impl KnownRules for Cached {
     fn recall(&self, pc: u64) -> Rule {
         self.rules.borrow().recall(self.source, pc)
     }
@@ -116,15 +97,14 @@ fn fake(rows: &[(u32, Rule)], wide: &[WideRule]) -> (Fake, MappingList) {
 /// Walks from `ip`; the frames and the end. By rules that another walk has found it is the
 /// same walk.
 fn walk(fake: &Fake, list: MappingList, ip: u64, bp: u64) -> (Vec<u64>, u32) {
-    let found = walk_by(fake, list, ip, bp);
+    let found = walk_by(fake, &(), list, ip, bp);
     let cached = Cached {
-        fake,
         rules: RefCell::new(Box::new(RuleCache::EMPTY)),
         source: Source::new(list, 0),
     };
     for _ in 0..2 {
         assert_eq!(
-            walk_by(&cached, list, ip, bp),
+            walk_by(fake, &cached, list, ip, bp),
             found,
             "by rules that were kept"
         );
@@ -132,13 +112,19 @@ fn walk(fake: &Fake, list: MappingList, ip: u64, bp: u64) -> (Vec<u64>, u32) {
     found
 }
 
-fn walk_by(fake: &impl Memory, list: MappingList, ip: u64, bp: u64) -> (Vec<u64>, u32) {
+fn walk_by(
+    fake: &Fake,
+    known: &impl KnownRules,
+    list: MappingList,
+    ip: u64,
+    bp: u64,
+) -> (Vec<u64>, u32) {
     let mut walk = Walk::default();
     walk.begin(ip, STACK, bp);
     let mut frames = Vec::new();
-    while walk.frame(fake, list, 100) {
+    while walk.frame(fake, known, list, 100) {
         frames.push(walk.ip);
-        if !walk.next(fake, list, true) {
+        if !walk.next(fake, known, list, true) {
             break;
         }
     }

@@ -7,7 +7,7 @@
 use memprof_common::{
     config::{TargetConfig, TargetState},
     counters::TargetCounters,
-    limits::{MAX_KNOWN_PROCESSES, MAX_TARGETS},
+    limits::{CAPTURE_BUFFERS, MAX_KNOWN_PROCESSES, MAX_TARGETS},
     live::{LiveKey, LiveValue},
     occupancy::Occupancy,
     stack::{StackKey, StackRecord},
@@ -35,9 +35,8 @@ const TAKEN_BYTES: u64 = (size_of::<LiveKey>() + size_of::<LiveValue>()) as u64;
 /// include/linux/percpu.h): where stacks are captured.
 const SCRATCH_BYTES: u64 = 32 << 10;
 
-/// What stacks are walked with there: of each of the four buffers
-/// (`memprof-ebpf/src/stack.rs`).
-const RULES_BYTES: u64 = 4 * size_of::<RuleCache>() as u64;
+/// What stacks are walked with there.
+const RULES_BYTES: u64 = (CAPTURE_BUFFERS * size_of::<RuleCache>()) as u64;
 
 /// A hash table whose elements are allocated as they come.
 fn growing(entries: u32, key: usize, value: usize) -> u64 {

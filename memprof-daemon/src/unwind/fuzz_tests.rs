@@ -14,7 +14,7 @@ use memprof_common::{
         cache::{RuleCache, Source},
         rule::Rule,
         table::{MappingEntry, MappingKind, MappingList, row},
-        walk::{END_MASK, Memory, StackEnd, Walk},
+        walk::{END_MASK, KnownRules, Memory, StackEnd, Walk},
     },
 };
 
@@ -234,9 +234,12 @@ struct Hostile {
     /// Every word is an address of code.
     is_sane: bool,
     reads: Cell<u64>,
+}
+
+/// The rules of other walks.
+struct Cached {
     rules: RefCell<Box<RuleCache>>,
-    /// What rules are kept by, if they are.
-    source: Option<Source>,
+    source: Source,
 }
 
 const CODE: u64 = 0x40_0000;
@@ -269,16 +272,15 @@ impl Memory for Hostile {
             _ => Some(CODE + random.below(0x10_0000) as u64),
         }
     }
+}
 
+impl KnownRules for Cached {
     fn recall(&self, pc: u64) -> Rule {
-        let recall = |source| self.rules.borrow().recall(source, pc);
-        self.source.map_or(Rule::NONE, recall)
+        self.rules.borrow().recall(self.source, pc)
     }
 
     fn remember(&self, pc: u64, rule: Rule) {
-        if let Some(source) = self.source {
-            self.rules.borrow_mut().remember(source, pc, rule);
-        }
+        self.rules.borrow_mut().remember(self.source, pc, rule);
     }
 }
 
@@ -308,6 +310,7 @@ impl Beginning {
 /// The frames of a walk, the last of which is 0, and its end.
 fn walk(
     memory: &Hostile,
+    known: &impl KnownRules,
     list: MappingList,
     from: &Beginning,
 ) -> ([u64; MAX_STACK_DEPTH + 1], u32) {
@@ -316,11 +319,11 @@ fn walk(
     let mut frames = [0; MAX_STACK_DEPTH + 1];
     let mut steps = 0;
     memory.reads.set(0);
-    while walk.frame(memory, list, MAX_STACK_DEPTH as u32) {
+    while walk.frame(memory, known, list, MAX_STACK_DEPTH as u32) {
         frames[steps] = walk.ip;
         steps += 1;
         let draw = from.frame_pointers.rotate_left(2 * steps as u32);
-        if !walk.next(memory, list, draw & 3 > 0) {
+        if !walk.next(memory, known, list, draw & 3 > 0) {
             break;
         }
     }
@@ -403,8 +406,10 @@ fn hostile_walks() {
             seed: 0,
             is_sane: false,
             reads: Cell::new(0),
+        };
+        let cached = Cached {
             rules: RefCell::new(Box::new(RuleCache::EMPTY)),
-            source: None,
+            source: Source::new(list, 0),
         };
         // Where words are damaged, mappings may lie over each other.
         let is_whole = damages == 0 && list == MappingList::new(first, count);
@@ -413,10 +418,8 @@ fn hostile_walks() {
             memory.seed = random.0;
             memory.is_sane = random.below(8) == 0;
             let from = Beginning::any(&mut random);
-            memory.source = None;
-            let (frames, end) = walk(&memory, list, &from);
-            memory.source = Some(Source::new(list, 0));
-            let (again, end_again) = walk(&memory, list, &from);
+            let (frames, end) = walk(&memory, &(), list, &from);
+            let (again, end_again) = walk(&memory, &cached, list, &from);
             if is_whole {
                 assert_eq!((again, end_again), (frames, end), "by rules that were kept");
             }
