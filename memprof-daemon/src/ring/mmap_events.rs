@@ -9,26 +9,21 @@
 //! Only what the kernel writes into a `dummy` event's buffer is used: no
 //! sample is ever taken.
 
+mod buffer;
+mod records;
+
 use std::{
-    ffi::OsString,
-    fs, io, mem,
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::ffi::OsStringExt,
-    },
-    path::PathBuf,
-    ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering},
+    fs, io,
+    os::fd::{FromRawFd, OwnedFd},
 };
 
 use rustix::event::epoll;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::address::{AbsAddr, FileOffset};
-
-/// Bytes of each CPU's buffer. A record is some 120 bytes, so this holds the
-/// libraries of some 2,000 processes that start between two drains.
-pub const BUFFER_BYTES: usize = 256 << 10;
+pub use buffer::BUFFER_BYTES;
+use buffer::Buffer;
+pub use records::{HostEvent, MmapEvent};
+use records::{Record, Records};
 
 /// Why mappings cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -50,73 +45,6 @@ pub enum MmapEventsError {
     /// Every CPU went away meanwhile.
     #[error("no CPU is online")]
     NoCpu,
-}
-
-/// A mapping that became executable.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MmapEvent {
-    /// `CLOCK_MONOTONIC`, as samples have it.
-    pub timestamp_ns: u64,
-    /// Process id.
-    pub pid: u32,
-    /// First address.
-    pub start: AbsAddr,
-    /// Bytes.
-    pub len: u64,
-    /// Where in the file `start` is.
-    pub file_offset: FileOffset,
-    /// Device number, as `/proc/PID/maps` shows it.
-    pub device_major: u32,
-    /// See `device_major`.
-    pub device_minor: u32,
-    /// 0 without a file.
-    pub inode: u64,
-    /// The path as the kernel shows it, with ` (deleted)` where it applies; or
-    /// its name for memory without a file: `//anon`, `[vdso]`.
-    pub path: PathBuf,
-}
-
-/// What the kernel has told of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HostEvent {
-    /// A mapping.
-    Mmap(MmapEvent),
-    /// A process was made.
-    Fork {
-        /// When.
-        timestamp_ns: u64,
-        /// The new one.
-        pid: u32,
-        /// Its parent.
-        parent: u32,
-    },
-    /// A process has replaced its program; its mappings come after this.
-    Exec {
-        /// When.
-        timestamp_ns: u64,
-        /// Which.
-        pid: u32,
-        /// The new program's name.
-        comm: String,
-    },
-    /// The first thread of a process has ended.
-    Exit {
-        /// When.
-        timestamp_ns: u64,
-        /// Which.
-        pid: u32,
-    },
-}
-
-impl HostEvent {
-    const fn timestamp_ns(&self) -> u64 {
-        match self {
-            Self::Mmap(event) => event.timestamp_ns,
-            Self::Fork { timestamp_ns, .. }
-            | Self::Exec { timestamp_ns, .. }
-            | Self::Exit { timestamp_ns, .. } => *timestamp_ns,
-        }
-    }
 }
 
 /// Which records are wanted.
@@ -343,226 +271,6 @@ fn open_event(cpu: u32, scope: Scope) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just handed out this descriptor, to nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
-}
-
-/// Places in `struct perf_event_mmap_page` (include/uapi/linux/perf_event.h).
-const DATA_HEAD: usize = 1024;
-const DATA_TAIL: usize = 1032;
-
-/// One CPU's buffer: a page of control, then `BUFFER_BYTES` of records.
-#[derive(Debug)]
-struct Buffer {
-    fd: OwnedFd,
-    control: NonNull<u8>,
-    page_bytes: usize,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread, and is only
-// reached through this value; `take` is the only reader and `&mut MmapEvents` is
-// needed to call it.
-unsafe impl Send for Buffer {}
-
-impl Buffer {
-    fn map(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: sysconf has no preconditions.
-        let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-        let page_bytes = usize::try_from(page_bytes).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at a place of the kernel's choice touches no
-        // memory in use.
-        let control = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                page_bytes + BUFFER_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if control == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let control = NonNull::new(control.cast::<u8>())
-            .ok_or_else(|| io::Error::other("mmap gave a null pointer"))?;
-        Ok(Self {
-            fd,
-            control,
-            page_bytes,
-        })
-    }
-
-    fn position(&self, at: usize) -> &AtomicU64 {
-        // SAFETY: `at` is `DATA_HEAD` or `DATA_TAIL`, a multiple of 8 within the
-        // first, page-aligned page of the mapping, which lives as long as
-        // `self`; the kernel and this process only access it atomically.
-        unsafe { AtomicU64::from_ptr(self.control.as_ptr().add(at).cast()) }
-    }
-
-    /// Moves all that was recorded into `bytes`, and gives the room back. False
-    /// if the kernel claims to have recorded more than there is room for.
-    fn take(&self, bytes: &mut Vec<u8>) -> bool {
-        bytes.clear();
-        // Acquire: pairs with the kernel's barrier before it publishes the head
-        // (kernel/events/ring_buffer.c, `perf_output_put_handle`), so that the
-        // records before it are visible.
-        let head = self.position(DATA_HEAD).load(Ordering::Acquire);
-        // Only this side writes the tail.
-        let tail = self.position(DATA_TAIL).load(Ordering::Relaxed);
-        // Both count bytes for ever; the buffer's size is a power of two.
-        let length = usize::try_from(head.wrapping_sub(tail)).unwrap_or(usize::MAX);
-        if (1..=BUFFER_BYTES).contains(&length) {
-            let from = (tail % BUFFER_BYTES as u64) as usize;
-            let first = length.min(BUFFER_BYTES - from);
-            bytes.reserve(length);
-            // SAFETY: `from + first` and `length - first` are at most
-            // `BUFFER_BYTES`, the length of the data that follows the control
-            // page, so both sources are within the mapping; `bytes` has room for
-            // `first + (length - first)`. The kernel does not write between tail
-            // and head until the tail is moved, below.
-            unsafe {
-                let data = self.control.as_ptr().add(self.page_bytes);
-                let to = bytes.as_mut_ptr();
-                to.copy_from_nonoverlapping(data.add(from), first);
-                to.add(first).copy_from_nonoverlapping(data, length - first);
-                bytes.set_len(length);
-            }
-        }
-        // Release: the copy is complete before the kernel may overwrite it.
-        self.position(DATA_TAIL).store(head, Ordering::Release);
-        length <= BUFFER_BYTES
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: this is the mapping that `map` made, and no reference into it
-        // outlives `self`.
-        unsafe {
-            libc::munmap(self.control.as_ptr().cast(), self.page_bytes + BUFFER_BYTES);
-        }
-    }
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Record {
-    Event(HostEvent),
-    Lost(u64),
-    Other,
-    Malformed,
-}
-
-const RECORD_LOST: u32 = 2;
-const RECORD_COMM: u32 = 3;
-const RECORD_EXIT: u32 = 4;
-const RECORD_FORK: u32 = 7;
-const RECORD_MMAP2: u32 = 10;
-/// The header's `misc` says that the name is that of a new program.
-const MISC_COMM_EXEC: u16 = 1 << 13;
-/// The header's `misc` says that a build id stands in the place of the device;
-/// it was not asked for.
-const MISC_MMAP_BUILD_ID: u16 = 1 << 14;
-
-/// Splits bytes into records. A record that cannot be delimited ends it.
-struct Records<'a>(&'a [u8]);
-
-impl Iterator for Records<'_> {
-    type Item = Record;
-
-    fn next(&mut self) -> Option<Record> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let bytes = mem::take(&mut self.0);
-        let record = split_record(bytes).map(|(kind, misc, body, rest)| {
-            self.0 = rest;
-            parse_record(kind, misc, body)
-        });
-        Some(record.flatten().unwrap_or(Record::Malformed))
-    }
-}
-
-/// `struct perf_event_header { u32 type; u16 misc; u16 size; }`
-fn split_record(mut bytes: &[u8]) -> Option<(u32, u16, &[u8], &[u8])> {
-    let whole = bytes;
-    let kind = u32::from_ne_bytes(field(&mut bytes)?);
-    let misc = u16::from_ne_bytes(field(&mut bytes)?);
-    let size = usize::from(u16::from_ne_bytes(field(&mut bytes)?));
-    let body = whole.get(8..size)?;
-    Some((kind, misc, body, whole.get(size..)?))
-}
-
-/// The layouts are in include/uapi/linux/perf_event.h, `enum perf_event_type`.
-fn parse_record(kind: u32, misc: u16, mut body: &[u8]) -> Option<Record> {
-    match kind {
-        RECORD_LOST => {
-            let _id: [u8; 8] = field(&mut body)?;
-            Some(Record::Lost(u64::from_ne_bytes(field(&mut body)?)))
-        }
-        RECORD_MMAP2 if misc & MISC_MMAP_BUILD_ID == 0 => {
-            // With `sample_id_all` a record ends in what `sample_type` asks for.
-            let (rest, time) = body.split_last_chunk::<8>()?;
-            body = rest;
-            let pid = u32::from_ne_bytes(field(&mut body)?);
-            let _tid: [u8; 4] = field(&mut body)?;
-            let start = u64::from_ne_bytes(field(&mut body)?);
-            let len = u64::from_ne_bytes(field(&mut body)?);
-            let file_offset = u64::from_ne_bytes(field(&mut body)?);
-            let device_major = u32::from_ne_bytes(field(&mut body)?);
-            let device_minor = u32::from_ne_bytes(field(&mut body)?);
-            let inode = u64::from_ne_bytes(field(&mut body)?);
-            let _generation: [u8; 8] = field(&mut body)?;
-            let _prot_and_flags: [u8; 8] = field(&mut body)?;
-            let path = body.split(|&byte| byte == 0).next()?.to_vec();
-            Some(Record::Event(HostEvent::Mmap(MmapEvent {
-                timestamp_ns: u64::from_ne_bytes(*time),
-                pid,
-                start: AbsAddr(start),
-                len,
-                file_offset: FileOffset(file_offset),
-                device_major,
-                device_minor,
-                inode,
-                path: PathBuf::from(OsString::from_vec(path)),
-            })))
-        }
-        RECORD_MMAP2 => None,
-        RECORD_COMM if misc & MISC_COMM_EXEC != 0 => {
-            let (rest, time) = body.split_last_chunk::<8>()?;
-            body = rest;
-            let pid = u32::from_ne_bytes(field(&mut body)?);
-            let _tid: [u8; 4] = field(&mut body)?;
-            let comm = body.split(|&byte| byte == 0).next()?;
-            Some(Record::Event(HostEvent::Exec {
-                timestamp_ns: u64::from_ne_bytes(*time),
-                pid,
-                comm: String::from_utf8_lossy(comm).into_owned(),
-            }))
-        }
-        RECORD_FORK | RECORD_EXIT => {
-            let pid = u32::from_ne_bytes(field(&mut body)?);
-            let parent = u32::from_ne_bytes(field(&mut body)?);
-            let tid = u32::from_ne_bytes(field(&mut body)?);
-            let _parent_tid: [u8; 4] = field(&mut body)?;
-            let timestamp_ns = u64::from_ne_bytes(field(&mut body)?);
-            Some(match kind {
-                // Of a process, not of a further thread.
-                _ if pid != tid => Record::Other,
-                RECORD_FORK => Record::Event(HostEvent::Fork {
-                    timestamp_ns,
-                    pid,
-                    parent,
-                }),
-                _ => Record::Event(HostEvent::Exit { timestamp_ns, pid }),
-            })
-        }
-        _ => Some(Record::Other),
-    }
-}
-
-fn field<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-    let (field, rest) = bytes.split_first_chunk::<N>()?;
-    *bytes = rest;
-    Some(*field)
 }
 
 #[cfg(test)]

@@ -1,5 +1,11 @@
+use std::{
+    fs::File,
+    mem,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+};
+
 use super::*;
-use std::{fs::File, os::unix::fs::MetadataExt};
+use crate::address::FileOffset;
 
 /// These tests tell their mappings by address, and addresses are shared with
 /// every thread: so one at a time.
@@ -163,47 +169,6 @@ fn wraps_and_counts_losses() {
     assert!(events.lost() > 0);
     assert_eq!(events.malformed(), 0);
     assert!(seen + events.lost() >= 20_000 + maps, "{seen} seen");
-}
-
-fn record(kind: u32, misc: u16, body: &[u8]) -> Vec<u8> {
-    let mut record = kind.to_ne_bytes().to_vec();
-    record.extend(misc.to_ne_bytes());
-    record.extend((8 + body.len() as u16).to_ne_bytes());
-    record.extend(body);
-    record
-}
-
-/// Check that records which are too short, of an impossible size or of
-/// unknown kind are told, that those behind them are still read where their
-/// place is known, and that nothing panics on any truncation.
-#[test]
-fn malformed_records() {
-    let mut bytes = record(RECORD_MMAP2, 0, &[0; 20]);
-    bytes.extend(record(RECORD_LOST, 0, &[1; 8]));
-    bytes.extend(record(99, 0, &[]));
-    bytes.extend(record(RECORD_MMAP2, MISC_MMAP_BUILD_ID, &[0; 100]));
-    bytes.extend(record(
-        RECORD_LOST,
-        0,
-        &[[0; 8], 5_u64.to_ne_bytes()].concat(),
-    ));
-    bytes.extend([0; 8]);
-    bytes.extend(record(99, 0, &[]));
-    let records: Vec<_> = Records(&bytes).collect();
-    assert_eq!(
-        records,
-        [
-            Record::Malformed,
-            Record::Malformed,
-            Record::Other,
-            Record::Malformed,
-            Record::Lost(5),
-            Record::Malformed,
-        ]
-    );
-    for length in 0..bytes.len() {
-        assert!(Records(&bytes[..length]).count() <= records.len());
-    }
 }
 
 /// Check the forms in which the kernel lists CPUs.
