@@ -11,6 +11,7 @@
 pub mod budget;
 pub mod capture;
 pub mod dump;
+mod image;
 pub mod install;
 mod metrics;
 mod prober;

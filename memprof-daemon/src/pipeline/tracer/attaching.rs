@@ -11,12 +11,11 @@ use super::{Command, Tracer, golang::GoImage, prefilter::Choice, random_seed};
 use crate::{
     export::profile::ProbeSite,
     pipeline::{
+        image::Image,
         install::Holder,
         scan::{PoolsWanted, Scan, Wish},
         stats::milliseconds,
-        target::{
-            AttachReply, Attached, Image, State, Target, TargetError, probed_site, shown_site,
-        },
+        target::{AttachReply, Attached, State, Target, TargetError, probed_site, shown_site},
     },
     prefilter::error::PrefilterError,
     probe::{

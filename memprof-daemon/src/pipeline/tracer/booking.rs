@@ -16,7 +16,7 @@ use crate::{
     address::{AbsAddr, FrameAddress},
     decode::{alloc_key, alloc_sample, decode, is_unsent},
     ledger::{AllocOutcome, StackTrace},
-    pipeline::target::{Image, Target},
+    pipeline::{image::Image, target::Target},
     sample::{AllocKey, AllocSample, ImageId, Sample, StackId},
 };
 

@@ -30,10 +30,11 @@ use crate::{
         profile::{ChildOf, Inherited},
     },
     pipeline::{
+        image::Image,
         scan::{Scan, monotonic_ns},
         stats::milliseconds,
         sweep::all_pids,
-        target::{Child, Image, State, Target, TargetError},
+        target::{Child, State, Target, TargetError},
     },
     prefilter::sharing,
     process::{

@@ -13,8 +13,9 @@ use crate::{
     causes::with_causes,
     export::{Numbers, profile::Inherited},
     pipeline::{
+        image::Image,
         scan::{Scan, Scanner, Tables, monotonic_ns},
-        target::{Image, State, Target, TargetError, Watching},
+        target::{State, Target, TargetError, Watching},
     },
     process::{
         exit::ExitWatch,

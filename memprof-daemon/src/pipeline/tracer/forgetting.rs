@@ -15,8 +15,9 @@ use tracing::debug;
 use super::{Tracer, booking::MAX_STACKS, golang::GoImage};
 use crate::{
     pipeline::{
+        image::Image,
         stats::{Counted, Sums},
-        target::{Image, Target},
+        target::Target,
     },
     sample::ImageId,
 };

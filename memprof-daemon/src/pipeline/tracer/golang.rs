@@ -17,7 +17,7 @@ use crate::{
     export::profile::GoFacts,
     golang::{Bucket, FoundGo, GoError, GoSource, Reading, counters},
     ledger::StackCounters,
-    pipeline::{capture::GoCapture, stats::GoStatus, target::Image},
+    pipeline::{capture::GoCapture, image::Image, stats::GoStatus},
     process::info::ProcessInfo,
     sample::ImageId,
 };

@@ -7,9 +7,10 @@ use tracing::{debug, info, warn};
 use super::{Command, Tracer, attaching::Found, family::Family};
 use crate::{
     pipeline::{
+        image::Image,
         install::take_out,
         scan::{Scan, Scanner, Tables},
-        target::{Image, State, Target, TargetError},
+        target::{State, Target, TargetError},
     },
     prefilter::attach::Image as PrefilterImage,
     probe::mode::ProbeMode,

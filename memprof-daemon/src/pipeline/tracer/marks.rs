@@ -17,7 +17,7 @@ use crate::{
     export::totals::ExactTotals,
     golang::Reading,
     ledger::{StackSnapshot, baseline::Baseline},
-    pipeline::target::Image,
+    pipeline::image::Image,
     sample::{ImageId, StackId},
 };
 

@@ -247,7 +247,7 @@ impl Target {
     }
 }
 
-impl crate::pipeline::target::Image {
+impl crate::pipeline::image::Image {
     fn bytes(&self) -> usize {
         let mappings = self.code.now().len() + self.code.first().len();
         size_of::<Self>() + mappings * MAPPING_BYTES + self.versions.bytes()

@@ -35,6 +35,7 @@ mod reporting;
 pub(super) mod rules;
 mod running;
 mod shards;
+mod shared_files;
 mod slots;
 mod starting;
 mod system;

@@ -15,11 +15,12 @@ use crate::{
     ledger::StackCounters,
     pipeline::{
         capture::{Capture, ImageCapture},
+        image::Image,
         stats::{
             Books, Cost, ImageStats, ProcessFacts, ProcessStats, ProcessSummary, Stats, Sums,
             milliseconds,
         },
-        target::{Image, Target},
+        target::Target,
     },
     sample::ImageId,
 };
@@ -115,7 +116,7 @@ impl Tracer {
             }
         }
         if let Some(system) = &self.system {
-            probe.sites.extend(system.sites().cloned());
+            probe.sites.extend(system.files.sites().cloned());
         }
         probe.sites.sort();
         probe.sites.dedup();

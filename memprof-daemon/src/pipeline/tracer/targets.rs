@@ -20,8 +20,9 @@ use super::{
 };
 use crate::{
     pipeline::{
+        image::Image,
         install::on_a_thread,
-        target::{Image, State, Target},
+        target::{State, Target},
     },
     prefilter::{attach::StoppedTime, error::DetachError},
     sample::ImageId,
