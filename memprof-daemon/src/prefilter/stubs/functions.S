@@ -30,6 +30,59 @@
 1:  add $56, %rsp
 .endm
 
+# %rcx = home shard of this thread, if it is the thread's and the thread is in no call that
+# is followed; else \slow. %rax is the thread pointer.
+.macro memprof_at_home slow
+    memprof_home %rcx, %ecx
+    memprof_shards %rax
+    add %rax, %rcx                      # %rcx = the home shard
+    mov %fs:0, %rax
+    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
+    memprof_patch {CALL_DISTANCE}, 4
+    jne \slow
+.endm
+
+# As memprof_follow, of a call that has been counted and is not sampled, and is followed for
+# the calls inside of it alone: it only has the mark.
+#
+# %rcx = shard; -8(%rsp), -16(%rsp) = %rcx and %rdx on entry. \fails is executed before the
+# mark goes, with %rcx = shard, 24(%rsp) = %rdi on entry and what the function has returned
+# in %rax.
+.macro memprof_follow_unsampled name, fails
+    mov -16(%rsp), %rdx
+    lea -56(%rsp), %rax                 # where the frame would be
+    mov %rdi, -32(%rsp)
+    mov %rcx, -24(%rsp)
+    mov %rax, 0x7fffffff(%rcx)
+    memprof_patch {CALL_DISTANCE}, 4
+    mov -8(%rsp), %rcx
+    sub $56, %rsp
+    call memprof_stub_\name\()_end      # %rsp is a multiple of 16
+    mov %rcx, (%rsp)
+    mov 32(%rsp), %rcx
+    cmp %rsp, 0x7fffffff(%rcx)          # not in a child that was forked meanwhile, nor if a
+    memprof_patch {CALL_DISTANCE}, 4    # later call took its place
+    jne 1f
+    \fails
+    mov %rdx, 8(%rsp)
+    mov %fs:0, %rdx
+    mov %rdx, 0x7fffffff(%rcx)          # in no call any more
+    memprof_patch {CALL_DISTANCE}, 4
+    mov 8(%rsp), %rdx
+1:  mov (%rsp), %rcx
+    add $56, %rsp
+    ret
+.endm
+
+# The old block is as it was, if there is one.
+.macro memprof_realloc_fails
+    test %rax, %rax
+    jnz 2f
+    cmpq $1, 24(%rsp)
+    adcq $-1, {SHARD_FREES}(%rcx)
+2:
+.endm
+
 # As memprof_follow, of a function that may throw. Not itself is called, which the unwinder
 # would have to come back from through this frame, but its twin: that returns 0 instead. Then
 # the function is entered without a frame, and throws, or finds memory after all.
@@ -115,13 +168,7 @@ memprof_begin malloc
     jmp memprof_stub_malloc_end
 memprof_entry malloc
     mov %rcx, -8(%rsp)
-    memprof_home %rcx, %ecx
-    memprof_shards %rax
-    add %rax, %rcx                      # %rcx = the home shard
-    mov %fs:0, %rax
-    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
-    memprof_patch {CALL_DISTANCE}, 4
-    jne .Lmemprof_malloc_slow
+    memprof_at_home .Lmemprof_malloc_slow
     lzcnt %rdi, %rax                    # %rax = leading zeros of the size
     jbe .Lmemprof_malloc_slow           # carry: size 0; zero: 2^63 or more
     sub %rdi, {SHARD_COUNTDOWN}(%rcx)
@@ -152,13 +199,7 @@ memprof_entry free
     jz memprof_stub_free_end            # free(NULL) is none
     mov %rax, -8(%rsp)
     mov %rcx, -16(%rsp)
-    memprof_home %rcx, %ecx
-    memprof_shards %rax
-    add %rax, %rcx                      # %rcx = the home shard
-    mov %fs:0, %rax
-    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
-    memprof_patch {CALL_DISTANCE}, 4
-    jne .Lmemprof_free_slow
+    memprof_at_home .Lmemprof_free_slow
     incq {SHARD_FREES}(%rcx)
     memprof_bucket %rdi, %rax, %eax     # %rax = bucket
     memprof_occupancy %rcx
@@ -180,8 +221,14 @@ memprof_entry sized
 memprof_end sized
 
 # void *calloc(size_t %rdi, size_t %rsi)
+#
+# An unsampled call of a thread at home and in no other call: as of malloc, but followed.
 memprof_begin calloc
-memprof_entry calloc
+.Lmemprof_calloc_sampled:
+    add %rax, {SHARD_COUNTDOWN}(%rcx)   # memprof_stub_enter decides
+.Lmemprof_calloc_slow:
+    mov -16(%rsp), %rdx
+    mov -8(%rsp), %rcx
     memprof_frame {FRAME_NESTS}
     xor %eax, %eax
     mov %rax, {FRAME_OUT}(%rsp)
@@ -189,17 +236,57 @@ memprof_entry calloc
     mov %rdi, %rax
     memprof_product %rsi
     memprof_follow calloc
+    jmp memprof_stub_calloc_end
+memprof_entry calloc
+    mov %rcx, -8(%rsp)
+    mov %rdx, -16(%rsp)
+    memprof_at_home .Lmemprof_calloc_slow
+    mov %rdi, %rax
+    mul %rsi                            # %rax = bytes asked for
+    jo .Lmemprof_calloc_slow
+    lzcnt %rax, %rdx
+    jbe .Lmemprof_calloc_slow           # carry: size 0; zero: 2^63 or more
+    sub %rax, {SHARD_COUNTDOWN}(%rcx)
+    jle .Lmemprof_calloc_sampled        # or impossible, or to draw anew
+    incq {SHARD_CALLS}(%rcx,%rdx,8)
+    add %rax, {SHARD_BYTES_ASKED}(%rcx)
+    memprof_follow_unsampled calloc
 memprof_end calloc
 
 # void *realloc(void *%rdi, size_t %rsi)
+#
+# An unsampled call of a thread at home and in no other call, with a block whose bucket is
+# empty: as of calloc.
 memprof_begin realloc
-memprof_entry realloc
+.Lmemprof_realloc_sampled:
+    add %rsi, {SHARD_COUNTDOWN}(%rcx)   # memprof_stub_enter decides
+.Lmemprof_realloc_slow:
+    mov -16(%rsp), %rdx
+    mov -8(%rsp), %rcx
     memprof_frame {FRAME_NESTS}
     xor %eax, %eax
     mov %rax, {FRAME_OUT}(%rsp)
     mov %rdi, {FRAME_OLD}(%rsp)
     mov %rsi, %rax
     memprof_follow realloc
+    jmp memprof_stub_realloc_end
+memprof_entry realloc
+    mov %rcx, -8(%rsp)
+    mov %rdx, -16(%rsp)
+    memprof_at_home .Lmemprof_realloc_slow
+    memprof_bucket %rdi, %rax, %eax     # of NULL, too: then it may be slow, no more
+    memprof_occupancy %rdx
+    cmpb $0, (%rdx,%rax)
+    jne .Lmemprof_realloc_slow
+    lzcnt %rsi, %rax
+    jbe .Lmemprof_realloc_slow          # as above
+    sub %rsi, {SHARD_COUNTDOWN}(%rcx)
+    jle .Lmemprof_realloc_sampled
+    incq {SHARD_CALLS}(%rcx,%rax,8)
+    add %rsi, {SHARD_BYTES_ASKED}(%rcx)
+    cmp $1, %rdi                        # carry: there is no old block
+    sbbq $-1, {SHARD_FREES}(%rcx)
+    memprof_follow_unsampled realloc, memprof_realloc_fails
 memprof_end realloc
 
 # void *reallocarray(void *%rdi, size_t %rsi, size_t %rdx)
@@ -321,13 +408,7 @@ memprof_begin new
     jmp memprof_stub_new_end
 memprof_entry new
     mov %rcx, -8(%rsp)
-    memprof_home %rcx, %ecx
-    memprof_shards %rax
-    add %rax, %rcx                      # %rcx = the home shard
-    mov %fs:0, %rax
-    cmp %rax, 0x7fffffff(%rcx)          # it is this thread's, which is in no call
-    memprof_patch {CALL_DISTANCE}, 4
-    jne .Lmemprof_new_slow
+    memprof_at_home .Lmemprof_new_slow
     lzcnt %rdi, %rax                    # %rax = leading zeros of the size
     jbe .Lmemprof_new_slow              # carry: size 0; zero: 2^63 or more
     sub %rdi, {SHARD_COUNTDOWN}(%rcx)

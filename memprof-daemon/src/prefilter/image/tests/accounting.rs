@@ -202,38 +202,47 @@ fn a_call_left_by_longjmp_is_forgotten() {
     // `nopl; add $64,%rsp; ret`: past the return into the stub, to the caller.
     let leaves = vec![0x0f, 0x1f, 0x44, 0, 0, 0x48, 0x83, 0xc4, 64, 0xc3];
     let returns = vec![0x0f, 0x1f, 0x44, 0, 0, 0xc3];
-    let rig = Rig::with_code(
-        GEOMETRY,
-        MallocNests::No,
-        &[
-            (Function::Calloc, leaves),
-            (Function::Malloc, returns.clone()),
-            (Function::Free, returns.clone()),
-            (Function::Valloc, returns),
-        ],
-    );
-    rig.fill(&[(NEVER, 512)]);
-    // All from one place, so that their frames are at the same one.
-    let expected = [
-        (Function::Calloc, (1, 8, 0)),
-        (Function::Malloc, (2, 16, 0)),
-        (Function::Free, (2, 16, 1)),
-        (Function::Valloc, (3, 24, 1)),
-        (Function::Malloc, (4, 32, 1)),
-    ];
-    for (function, totals) in expected {
-        let arguments = if function == Function::Calloc {
-            [1, 8, 0]
-        } else {
-            [8, 0, 0]
-        };
-        call(rig.function(function), arguments);
-        assert_eq!(rig.totals(), totals, "{function:?}");
-        if function == Function::Calloc {
-            assert!(rig.call_frame().is_some(), "it has not returned");
+    // By the stub's way for threads at home, too.
+    for at_home in [false, true] {
+        let rig = Rig::with_code(
+            GEOMETRY,
+            MallocNests::No,
+            &[
+                (Function::Calloc, leaves.clone()),
+                (Function::Malloc, returns.clone()),
+                (Function::Free, returns.clone()),
+                (Function::Valloc, returns.clone()),
+            ],
+        );
+        rig.fill(&[(NEVER, 512)]);
+        let mut before = (0, 0, 0);
+        if at_home {
+            call(rig.function(Function::Malloc), [8, 0, 0]);
+            before = (1, 8, 0);
         }
+        // All from one place, so that their frames are at the same one.
+        let expected = [
+            (Function::Calloc, (1, 8, 0)),
+            (Function::Malloc, (2, 16, 0)),
+            (Function::Free, (2, 16, 1)),
+            (Function::Valloc, (3, 24, 1)),
+            (Function::Malloc, (4, 32, 1)),
+        ];
+        for (function, totals) in expected {
+            let arguments = if function == Function::Calloc {
+                [1, 8, 0]
+            } else {
+                [8, 0, 0]
+            };
+            call(rig.function(function), arguments);
+            let totals = (before.0 + totals.0, before.1 + totals.1, totals.2);
+            assert_eq!(rig.totals(), totals, "{function:?}, {at_home}");
+            if function == Function::Calloc {
+                assert!(rig.call_frame().is_some(), "it has not returned");
+            }
+        }
+        assert_eq!(rig.call_frame(), None, "valloc took its place");
     }
-    assert_eq!(rig.call_frame(), None, "valloc took its place");
 }
 
 /// Check that a thread whose home is taken finds another shard, and is counted there.
@@ -322,7 +331,7 @@ fn a_forked_child_is_not_counted() {
     assert_eq!(rig.totals().0, 2, "the parent goes on");
 }
 
-/// Check that a child that is forked inside a sampled call, as by a signal handler there,
+/// Check that a child that is forked inside a followed call, as by a signal handler there,
 /// returns from it without writing, and the parent with all that is due.
 #[test]
 fn a_call_that_forks_is_the_parents() {
@@ -330,21 +339,49 @@ fn a_call_that_forks_is_the_parents() {
         // SAFETY: the child returns through the stub, and leaves.
         u64::from(unsafe { libc::fork() }.unsigned_abs()) << 4
     }
-    let functions = [(Function::Realloc, (forks as *const ()).expose_provenance())];
-    let rig = Rig::new(&functions);
-    rig.fill(&[(1, 512), (1 << 40, 512)]);
-    let result = rig.realloc(0x1000, 10);
-    if result == 0 {
-        // To the child the call has failed. SAFETY: ends the child.
-        unsafe { libc::_exit(i32::from(!hits().is_empty()) + 10 * i32::from(rig.totals().2 != 1)) };
+    let forks = (forks as *const ()).expose_provenance();
+    let mut functions = fakes::all();
+    functions.retain(|(function, _)| *function == Function::Free);
+    functions.extend([(Function::Realloc, forks), (Function::Calloc, forks)]);
+    // Sampled, the first of the thread and not sampled, and that at home.
+    for (gaps, at_home) in [
+        (&[(1, 512), (1 << 40, 512)][..], false),
+        (&[(1 << 40, 512)], false),
+        (&[(1 << 40, 512)], true),
+    ] {
+        for function in [Function::Realloc, Function::Calloc] {
+            let context = format!("{function:?}, {gaps:?}, {at_home}");
+            let rig = Rig::new(&functions);
+            rig.fill(gaps);
+            let mut before = (0, 0, 0);
+            if at_home {
+                rig.free(0x1000);
+                before = rig.totals();
+                assert_eq!(before, (0, 0, 1));
+            }
+            let frees = i64::from(function == Function::Realloc);
+            let (arguments, size) = match function {
+                Function::Realloc => ([0x1000, 10, 0], 10),
+                _ => ([2, 5, 0], 10),
+            };
+            let counted = (1, size, before.2 + frees);
+            let result = call(rig.function(function), arguments);
+            if result == 0 {
+                // To the child the call has failed.
+                let is_same = hits().is_empty() && rig.totals() == counted;
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(i32::from(!is_same)) };
+            }
+            let mut status = -1;
+            let child = (result >> 4) as i32;
+            // SAFETY: waits for the child that was just made.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert_eq!(status, 0, "the child has written: {context}");
+            let sampled = usize::from(gaps.len() > 1);
+            assert_eq!(hits().len(), sampled, "{context}");
+            assert_eq!(rig.totals(), counted, "{context}");
+            assert_eq!(rig.set(), vec![result; sampled], "{context}");
+            assert_eq!(rig.call_frame(), None, "{context}");
+        }
     }
-    let mut status = -1;
-    let child = (result >> 4) as i32;
-    // SAFETY: waits for the child that was just made.
-    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-    assert_eq!(status, 0, "10: the child has taken the free back");
-    assert_eq!(hits().len(), 1);
-    assert_eq!(rig.totals(), (1, 10, 1));
-    assert_eq!(rig.set(), [result]);
-    assert_eq!(rig.call_frame(), None);
 }

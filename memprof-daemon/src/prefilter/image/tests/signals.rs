@@ -188,7 +188,14 @@ fn in_unsampled_calls() {
         at_home(rig);
         [0x1230, 100, 0]
     };
-    at_each_step(gaps, Function::Realloc, realloc, 100, 1);
+    let steps = at_each_step(gaps, Function::Realloc, realloc, 100, 1);
+    assert!((30..90).contains(&steps), "{steps} instructions");
+    let calloc = |rig: &Rig| {
+        at_home(rig);
+        [10, 10, 0]
+    };
+    let steps = at_each_step(gaps, Function::Calloc, calloc, 100, 0);
+    assert!((30..90).contains(&steps), "{steps} instructions");
 }
 
 /// Check the same for the first call of a thread, which takes a shard.
