@@ -108,7 +108,7 @@ fn measure(section: Section, context: &Context, report: &mut Report) -> Result<(
             report.pair = pair::measure(context, context.pick(seconds(270), seconds(40)))?
         }
         Section::Programs => {
-            report.programs = programs::measure(context, context.pick(seconds(320), seconds(32)))?;
+            report.programs = programs::measure(context, context.pick(seconds(480), seconds(40)))?;
         }
         Section::Trace => report.trace = Some(trace::measure(context)?),
         Section::Dump => report.dump = Some(dump::measure(context)?),

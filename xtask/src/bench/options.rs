@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 pub(super) const USAGE: &str = "\
 usage: cargo xtask bench [OPTION...]
 
-  --quick           three minutes instead of thirteen, and rougher numbers
+  --quick           three minutes instead of twenty, and rougher numbers
   --only NAME,...   these sections only: pair, programs, trace, dump,
                     attach, unwind, tables, many, excluded
   --json FILE       the results [default: target/bench/benchmarks.json]

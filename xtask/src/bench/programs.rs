@@ -75,14 +75,16 @@ struct Series {
 const NONE: usize = 0;
 const OURS: usize = 1;
 
-/// Measures all programs, for as long as `budget` at most.
+/// Measures all programs: the rows that they are judged by for as long as half of `budget`, the
+/// others for as long as the other half, but once in any case. So a tool that makes a program
+/// forty times slower leaves the others their rounds.
 ///
 /// # Errors
 ///
 /// The input of a program cannot be made.
 pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<ProgramTable>> {
     let workloads = workloads::all(context)?;
-    let share = budget / u32::try_from(workloads.len().max(1))?;
+    let share = budget / 2 / u32::try_from(workloads.len().max(1))?;
     let mut tables = Vec::new();
     for workload in workloads {
         tables.push(match workload {
@@ -105,7 +107,8 @@ pub(super) fn measure(context: &Context, budget: Duration) -> Result<Vec<Program
 }
 
 fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> ProgramTable {
-    let deadline = Instant::now() + budget;
+    // What is left for the judged rows, and for the others.
+    let (mut judged_left, mut others_left) = (budget, budget);
     let absence = |why: Option<String>| why.map_or(Outcome::Measured, Outcome::Absent);
     let one = |name, how, outcome, rounds| Series {
         name,
@@ -155,6 +158,11 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             let series = &mut all[place];
             let started = Instant::now();
             let mut seconds = None;
+            let is_judged = place <= OURS;
+            let has_time = is_judged || round == 1 || series.took <= others_left;
+            if !has_time {
+                series.rounds = round - 1;
+            }
             if series.outcome == Outcome::Measured && round <= series.rounds {
                 match workload.run(context, series.how) {
                     Ok(run) => {
@@ -171,6 +179,12 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             }
             series.seconds.push(seconds);
             series.took = started.elapsed();
+            let left = if is_judged {
+                &mut judged_left
+            } else {
+                &mut others_left
+            };
+            *left = left.saturating_sub(series.took);
         }
         let took = round_started.elapsed();
         eprintln!(
@@ -179,10 +193,8 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             took.as_secs_f64()
         );
         let is_known = is_judged(&all[OURS], &all[NONE]);
-        // The next one is without the tools that have had their rounds.
-        let next = all.iter().filter(|series| series.rounds > round);
-        let next: Duration = next.map(|series| series.took).sum();
-        if Instant::now() + next > deadline || is_known && round >= SLOW_ROUNDS {
+        let next = all[NONE].took + all[OURS].took;
+        if next > judged_left || is_known && round >= SLOW_ROUNDS {
             break;
         }
     }
