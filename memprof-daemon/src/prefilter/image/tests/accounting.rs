@@ -341,7 +341,7 @@ fn a_call_that_forks_is_the_parents() {
     }
     let forks = (forks as *const ()).expose_provenance();
     let mut functions = fakes::all();
-    functions.retain(|(function, _)| *function == Function::Free);
+    functions.retain(|(function, _)| *function == Function::Malloc);
     functions.extend([(Function::Realloc, forks), (Function::Calloc, forks)]);
     // Sampled, the first of the thread and not sampled, and that at home.
     for (gaps, at_home) in [
@@ -355,16 +355,17 @@ fn a_call_that_forks_is_the_parents() {
             rig.fill(gaps);
             let mut before = (0, 0, 0);
             if at_home {
-                rig.free(0x1000);
+                // Takes a shard, and the gap.
+                rig.malloc(7);
                 before = rig.totals();
-                assert_eq!(before, (0, 0, 1));
+                assert_eq!(before, (1, 7, 0));
             }
             let frees = i64::from(function == Function::Realloc);
             let (arguments, size) = match function {
                 Function::Realloc => ([0x1000, 10, 0], 10),
                 _ => ([2, 5, 0], 10),
             };
-            let counted = (1, size, before.2 + frees);
+            let counted = (before.0 + 1, before.1 + size, frees);
             let result = call(rig.function(function), arguments);
             if result == 0 {
                 // To the child the call has failed.
