@@ -64,7 +64,9 @@ extern "C" fn on_trap(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_
         let context = &mut *context.cast::<libc::ucontext_t>();
         ((*info).si_code, &mut context.uc_mcontext.gregs)
     };
-    if code == libc::TRAP_TRACE {
+    // An `int3` is SI_KERNEL (arch/x86/kernel/traps.c). A step is TRAP_TRACE, and TRAP_BRKPT
+    // where a hypervisor has lost what the processor said in DR6.
+    if code != libc::SI_KERNEL {
         super::signals::on_step(registers);
         return;
     }
