@@ -158,8 +158,8 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             let series = &mut all[place];
             let started = Instant::now();
             let mut seconds = None;
-            let is_judged = place <= OURS;
-            let has_time = is_judged || round == 1 || series.took <= others_left;
+            let is_of_bar = place <= OURS;
+            let has_time = is_of_bar || round == 1 || series.took <= others_left;
             if !has_time {
                 series.rounds = round - 1;
             }
@@ -179,7 +179,7 @@ fn measure_one(context: &Context, workload: &dyn Workload, budget: Duration) -> 
             }
             series.seconds.push(seconds);
             series.took = started.elapsed();
-            let left = if is_judged {
+            let left = if is_of_bar {
                 &mut judged_left
             } else {
                 &mut others_left

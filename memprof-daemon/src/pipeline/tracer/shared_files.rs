@@ -44,7 +44,7 @@ enum FileState {
 /// The files, and what is under way with them.
 #[derive(Default)]
 pub(super) struct SharedFiles {
-    files: HashMap<FileId, SharedFile>,
+    by_id: HashMap<FileId, SharedFile>,
     next_site: u16,
     /// Files of which the probes are being taken off.
     unsharing: usize,
@@ -53,19 +53,19 @@ pub(super) struct SharedFiles {
 impl SharedFiles {
     /// Whether none is probed, refused or about to be.
     pub(super) fn is_empty(&self) -> bool {
-        self.files.is_empty()
+        self.by_id.is_empty()
     }
 
     /// Whether probes are being put on.
     pub(super) fn is_attaching(&self) -> bool {
         let is_attaching = |file: &SharedFile| file.state == FileState::Attaching;
-        self.files.values().any(is_attaching)
+        self.by_id.values().any(is_attaching)
     }
 
     /// Where all processes are probed.
     pub(super) fn sites(&self) -> impl Iterator<Item = &ProbeSite> {
         let probed = |file: &&SharedFile| file.state == FileState::Probed;
-        self.files
+        self.by_id
             .values()
             .filter(probed)
             .flat_map(|file| &file.shown)
@@ -73,7 +73,7 @@ impl SharedFiles {
 
     /// Files with these inodes are mapped by some process.
     pub(super) fn note_mapped(&mut self, inodes: &HashSet<u64>, now: Instant) {
-        for file in self.files.values_mut() {
+        for file in self.by_id.values_mut() {
             if inodes.contains(&file.module.file.inode) {
                 file.used = now;
             }
@@ -82,7 +82,7 @@ impl SharedFiles {
 
     /// Takes those out that nobody has mapped for long.
     fn take_unused(&mut self, now: Instant) -> Vec<(FileId, SharedFile)> {
-        let unused = self.files.extract_if(|_, file| {
+        let unused = self.by_id.extract_if(|_, file| {
             file.state != FileState::Attaching && now.duration_since(file.used) > KEEP_UNUSED
         });
         unused.collect()
@@ -91,15 +91,15 @@ impl SharedFiles {
     /// Takes all out but those that are being probed.
     fn take_settled(&mut self) -> Vec<(FileId, SharedFile)> {
         let settled = self
-            .files
+            .by_id
             .extract_if(|_, file| file.state != FileState::Attaching);
         settled.collect()
     }
 
-    /// The sites of a file that is to be probed now; none if it is known.
-    fn admit(&mut self, module: &AllocatorModule) -> Option<Vec<Site>> {
+    /// A file that is to be probed now, and its sites; none if it is known.
+    fn admit(&mut self, module: &AllocatorModule) -> Option<(FileId, Vec<Site>)> {
         let id = (module.file.device, module.file.inode);
-        if let Some(known) = self.files.get_mut(&id) {
+        if let Some(known) = self.by_id.get_mut(&id) {
             known.used = Instant::now();
             return None;
         }
@@ -115,8 +115,8 @@ impl SharedFiles {
             state: FileState::Attaching,
             used: Instant::now(),
         };
-        self.files.insert(id, file);
-        Some(sites)
+        self.by_id.insert(id, file);
+        Some((id, sites))
     }
 }
 
@@ -132,8 +132,7 @@ impl Tracer {
             return;
         }
         for module in modules {
-            let id = (module.file.device, module.file.inode);
-            let Some(sites) = system.files.admit(module) else {
+            let Some((id, sites)) = system.files.admit(module) else {
                 continue;
             };
             let prober = self.prober.clone();
@@ -155,7 +154,7 @@ impl Tracer {
         let Some(system) = &mut self.system else {
             return;
         };
-        let Some(file) = system.files.files.get_mut(&id) else {
+        let Some(file) = system.files.by_id.get_mut(&id) else {
             return;
         };
         let path = file.module.file.path.display();
